@@ -1,0 +1,460 @@
+"""Images: folders of any kind, the built-in shapes, and augmentation. Needs only torch, numpy and pillow.
+
+Images stay uint8 until they are on the device. Everything random about a sample depends on (seed, epoch, index) alone,
+so neither the number of workers nor that of processes changes what a model is shown.
+"""
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class ImageFolder:
+    """Every image below `root`, in sorted order. The folders directly below `root`, where there are any, are classes.
+
+    classes: names, sorted (or those given, so that a validation set gets the numbers of its training set).
+    labels: int64 (number of images,), -1 for an image directly in `root`.
+    Raises ValueError if there is no image, or a class folder that `classes` lacks; OSError if a folder can't be read.
+    """
+
+    def __init__(self, root: str, classes: list[str] | None = None):
+        self.root = os.fspath(root)
+        paths = sorted(_walk(self.root, seen=set()))
+        if not paths:
+            raise ValueError(f"no images found in {self.root!r} (looked for {' '.join(EXTENSIONS)} at any depth)")
+        # Bytes in one array, not a million str objects: workers share it, and no reference count copies its pages.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in paths]
+        self.classes = classes or sorted({top for top in tops if top is not None})
+        unknown = {top for top in tops if top is not None} - set(self.classes)
+        if unknown:
+            raise ValueError(f"{self.root!r} has class folders that the training set lacks: {' '.join(sorted(unknown)[:5])}")
+        number = {name: label for label, name in enumerate(self.classes)} | {None: -1}
+        self.labels = np.array([number[top] for top in tops])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+
+    def open(self, index: int) -> Image.Image:
+        """The image with its header read and its pixels not yet: the crop decides how much of them is decoded."""
+        return Image.open(self.name(index))
+
+
+def _walk(root: str, seen: set[str], below: str = "") -> Iterator[str]:
+    """Paths of the image files below `root`, relative to it. Follows links, but enters a folder only once."""
+    real = os.path.realpath(os.path.join(root, below))
+    if real in seen:
+        return
+    seen.add(real)
+    for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
+        path = os.path.join(below, entry.name)
+        if entry.is_dir():
+            yield from _walk(root, seen, path)
+        elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+            yield path
+
+
+class Subset:
+    """Some images of a source, by number."""
+
+    def __init__(self, source, indices: list[int]):
+        self.source, self.indices, self.classes = source, indices, source.classes
+        self.labels = [source.labels[index] for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.indices[index])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Built-in images
+
+
+def _arc(start: float, stop: float, radius: float = 1.0, centre: complex = 0.0) -> np.ndarray:
+    """48 points of a circle, from one angle to another in turns; complex (48,)."""
+    return centre + radius * np.exp(2j * np.pi * np.linspace(start, stop, 48))
+
+
+def _regular(corners: int) -> np.ndarray:
+    """The corners of a regular polygon in the unit circle; complex (corners,)."""
+    return np.exp(2j * np.pi * np.arange(corners) / corners)
+
+
+# Outlines are complex points x + iy in the unit circle, so that one complex product scales and turns a shape.
+OUTLINES = {
+    "circle": _arc(0, 1),
+    "ring": np.r_[_arc(0, 1), _arc(1, 0, radius=0.55)],  # out and back, along a seam of no width
+    "square": _regular(4),
+    "triangle": _regular(3),
+    "star": _regular(10) * np.tile([1, 0.42], 5),
+    "cross": np.outer(_regular(4), [0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j]).ravel(),
+    "heart": np.r_[1, _arc(0.125, 0.625, 0.555, -0.19 + 0.4j), _arc(0.375, 0.875, 0.555, -0.19 - 0.4j)],
+    "moon": np.r_[_arc(0.14, 0.86), _arc(0.79, 0.21, radius=0.8, centre=0.43)],
+    "arrow": np.r_[1, 0.1 + 0.8j, 0.1 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j],
+    "drop": np.r_[1, _arc(0.176, 0.824, radius=0.62, centre=-0.38)],
+    "dome": _arc(-0.25, 0.25),
+    "corner": np.r_[-0.6 - 0.8j, 0.6 - 0.8j, 0.6 - 0.3j, -0.1 - 0.3j, -0.1 + 0.8j, -0.6 + 0.8j],
+}
+SHAPES = tuple(OUTLINES)
+
+
+def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float, folds: int) -> np.ndarray:
+    """A gradient between two colours in a random direction, folded back and forth into stripes where `folds` > 1.
+
+    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1, centred on a colour of this
+    lightness and hue (in turns). Each channel rises or falls on its own, by enough to show in an eighth of the way.
+    """
+    angle = rng.uniform(0, 2 * math.pi)
+    along = (x * math.cos(angle) + y * math.sin(angle)) / (abs(math.cos(angle)) + abs(math.sin(angle)))
+    wave = abs((folds * along + 1) % 4 - 2) - 1  # (H, W), a triangle wave: simply -along where folds is 1
+    middle = [light + 0.2 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
+    swing = [rng.choice((-1, 1)) * rng.uniform(0.1, 0.14) for _ in range(3)]
+    return np.float32(middle) + wave[..., None] * np.float32(swing)
+
+
+class Shapes:
+    """Images of one big shape each: a drawn dataset with nothing to download.
+
+    Image i is drawn from the number start + i alone, so equal numbers give equal images, and ranges of numbers that do
+    not overlap make separate training and test sets. The class is the shape; colours, stripes, place, size and rotation
+    say nothing about it.
+
+    The rest of an image can be told from a part of it, since that is what pretraining asks: there is no noise, no
+    small detail, no flat colour (a patch without slope, once normalised, is nothing but rounding error), and the light
+    always comes from the top left.
+    """
+
+    classes = SHAPES
+
+    def __init__(self, length: int, size: int = 64, start: int = 0):
+        self.numbers = range(start, start + length)
+        self.labels = [number % len(SHAPES) for number in self.numbers]  # the class of each image
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return f"shape {self.numbers[index]}"
+
+    def open(self, index: int) -> Image.Image:
+        """Draw image `index`: RGB, size x size pixels. Raises IndexError outside the dataset."""
+        size, number = self.size, self.numbers[index]
+        rng = random.Random(f"shapes {number}")
+
+        # Lengths are in a frame of -1 .. 1 across the image, and the shape keeps clear of its edges.
+        radius = rng.uniform(0.56, 0.84)
+        x, y = rng.uniform(-1, 1) * (0.95 - radius), rng.uniform(-1, 1) * (0.95 - radius)
+        angle = rng.uniform(0, 2 * math.pi)
+        turned = radius * complex(math.cos(angle), math.sin(angle))
+        outline = OUTLINES[SHAPES[number % len(SHAPES)]] * turned + complex(x, y)
+
+        # Drawn at four times the size and reduced, the edges come out smooth.
+        canvas = Image.new("L", (4 * size, 4 * size))
+        ImageDraw.Draw(canvas).polygon(((outline + 1 + 1j) * 2 * size).view(float).tolist(), fill=255)
+        mask = canvas.reduce(4)
+        shadow = Image.new("L", (size, size))
+        shadow.paste(mask, (round(size / 20), round(size / 20)))
+        shadow = shadow.filter(ImageFilter.BoxBlur(size / 24))
+
+        # Shape and ground have opposite lightness and distant hues, so that the outline shows all the way round.
+        light, hue = rng.choice((0.35, 0.65)), rng.random()
+        axis = np.linspace(-1, 1, size, dtype=np.float32)
+        column, row = axis[None, :], axis[:, None]
+        image = _ramp(rng, column, row, light, hue, folds=rng.choice((1, 1, 3, 4)))
+        fill = _ramp(rng, (column - x) / radius, (row - y) / radius, 1 - light, hue + rng.uniform(0.35, 0.65), folds=1)
+        image *= 1 - np.asarray(shadow)[..., None] * np.float32(0.5 / 255)
+        image += (fill - image) * (np.asarray(mask)[..., None] * np.float32(1 / 255))
+        return Image.fromarray((image * 255 + 0.5).astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: any image to RGB, cropped and resized in one step
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: 16-bit is scaled and not clipped, what is transparent becomes white."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode.startswith("I") else max(float(pixels.max()), 1e-12)
+        image = Image.fromarray((pixels * (255 / top)).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]) -> Image.Image:
+    """Crop `box` (left, top, right, bottom) and resize it to `size` (side, or width and height), bicubic; returns RGB.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way, which is
+    faster and hardly differs. An EXIF rotation is applied last, where it is cheapest, so `box` is in the file's frame.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    orientation = image.getexif().get(0x0112, 1)
+    scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
+    if scale >= 2:
+        full_width = image.width
+        drafted = image.draft(None, (math.ceil(image.width / scale), math.ceil(image.height / scale)))
+        if drafted:
+            shrink = drafted[1][2] / full_width
+            box = tuple(edge * shrink for edge in box)
+    image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if orientation != 1:
+        image.getexif()[0x0112] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, rng: random.Random, scale: tuple[float, float] = (0.2, 1.0)
+) -> Image.Image:
+    """Inception crop to (size, size): area a fraction in `scale`, log-uniform aspect in 3/4 .. 4/3, random place."""
+    width, height = image.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    else:  # a very long image: its middle, as wide as the aspect allows
+        w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+        left, top = (width - w) // 2, (height - h) // 2
+    return crop_resize(image, (left, top, left + w, top + h), size)
+
+
+def center_crop(image: Image.Image, size: int, ratio: float = 0.875) -> Image.Image:
+    """The evaluation view: short side to size / ratio (256 for 224), then the middle (size, size); done as one resize."""
+    side = min(image.size) * size / round(size / ratio)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return crop_resize(image, (left, top, left + side, top + side), size)
+
+
+def flip(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Mirrored left to right with probability 1/2."""
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def scale_pixels(images: Tensor) -> Tensor:
+    """uint8 0 .. 255 to float32 -1 .. 1 (mean and std 0.5): after the transfer, a quarter of the bytes to move."""
+    return images.float().div_(127.5).sub_(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fine-tuning augmentation: RandAugment per image on the host, then random erasing, then mixup or CutMix per batch
+
+FILL = (128, 128, 128)                 # the mean colour, normalised with mean 0.5: what a rotation or shift lays bare
+RESAMPLE = Image.Resampling.BICUBIC    # as for the crop
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Move the pixels: output (x, y) shows input (a x + b y + c, d x + e y + f), for a matrix (a, b, c, d, e, f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, RESAMPLE, fillcolor=FILL)
+
+
+# Each operation takes an RGB image, its severity m (magnitude / 10, from 0 to 1) and s, which is m or -m at random.
+RAND_AUGMENT = {
+    "autocontrast": lambda image, m, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, m, s: ImageOps.equalize(image),
+    "invert": lambda image, m, s: ImageOps.invert(image),
+    "rotate": lambda image, m, s: image.rotate(30 * s, RESAMPLE, fillcolor=FILL),
+    # by hand: 4 - int(4 * m) bits are none where m is 1 (black), for which new Pillow's ImageOps.posterize raises
+    "posterize": lambda image, m, s: image.point(lambda value: value & ~(255 >> 4 - int(4 * m))),
+    "solarize": lambda image, m, s: ImageOps.solarize(image, 256 - int(256 * m)),
+    "solarize_add": lambda image, m, s: image.point(lambda value: value + int(110 * m) if value < 128 else value),
+    "colour": lambda image, m, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
+    "contrast": lambda image, m, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
+    "brightness": lambda image, m, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
+    "sharpness": lambda image, m, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
+    "shear_x": lambda image, m, s: _affine(image, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear_y": lambda image, m, s: _affine(image, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate_x": lambda image, m, s: _affine(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
+    "translate_y": lambda image, m, s: _affine(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
+}
+
+
+def rand_augment(
+    image: Image.Image,
+    rng: random.Random,
+    num_ops: int = 2,
+    magnitude: float = 9,
+    magnitude_std: float = 0.5,
+    probability: float = 0.5,
+) -> Image.Image:
+    """Distort an image by `num_ops` operations drawn from RAND_AUGMENT (Cubuk et al. 2019, arXiv:1909.13719).
+
+    Each is drawn uniformly, with replacement, and applied with `probability`, at a magnitude from a normal distribution
+    clipped to 0 .. 10. Takes and returns an 8-bit RGB image of the same size; the input stays as it is, and the same
+    state of `rng` gives the same result.
+    """
+    for _ in range(num_ops):
+        operation = rng.choice(list(RAND_AUGMENT.values()))
+        if rng.random() < probability:
+            m = min(max(rng.gauss(magnitude, magnitude_std), 0), 10) / 10
+            image = operation(image, m, rng.choice((m, -m)))
+    return image
+
+
+def random_erasing(
+    images: Tensor,
+    probability: float = 0.25,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fill a rectangle of some images with standard normal noise, per pixel (Zhong et al. 2017, arXiv:1708.04896).
+
+    Each image has one rectangle erased with `probability`: its `area` a uniform fraction of the image, its `aspect`
+    (height / width) log-uniform, its place uniform. Comes after normalisation, so that the noise looks like the data,
+    and before `mixup_cutmix`, so that labels are mixed by the pixels as they were before any noise.
+
+    Takes and returns float (B, 3, H, W), on any device, without waiting for it; `generator` must be on the same one.
+    The input stays as it is.
+    """
+    B, _, H, W = images.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape, device=images.device).uniform_(low, high, generator=generator)
+
+    # Instead of redrawing a rectangle until it fits, which would wait for the device: ten at once, the first that fits.
+    pixels = H * W * uniform(*area, B, 10)
+    ratio = uniform(math.log(aspect[0]), math.log(aspect[1]), B, 10).exp()
+    height, width = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()             # (B, 10) each
+    fits = (height < H) & (width < W)
+    first = fits.int().argmax(dim=1, keepdim=True)                                               # (B, 1)
+    height, width = height.gather(1, first), width.gather(1, first)                              # (B, 1) each
+    top = (uniform(0, 1, B, 1) * (H - height + 1)).floor()
+    left = (uniform(0, 1, B, 1) * (W - width + 1)).floor()
+
+    y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+    inside_rows = (y >= top) & (y < top + height)                                                # (B, H)
+    inside_columns = (x >= left) & (x < left + width)                                            # (B, W)
+    chosen = fits.gather(1, first) & (uniform(0, 1, B, 1) < probability)                         # (B, 1)
+    erased = (inside_rows & chosen)[:, None, :, None] & inside_columns[:, None, None, :]         # (B, 1, H, W)
+    noise = torch.empty_like(images).normal_(generator=generator)                                # (B, 3, H, W)
+    return torch.where(erased, noise, images)
+
+
+def mixup_cutmix(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    smoothing: float = 0.1,
+    rng: random.Random | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mix each image i, and its label, with image B - 1 - i of the batch; comes after `random_erasing`.
+
+    The whole batch gets either mixup (Zhang et al. 2017, arXiv:1710.09412), which blends two images, or CutMix (Yun et
+    al. 2019, arXiv:1905.04899), which pastes a box of one into the other, each with probability 1/2. The share that an
+    image keeps is drawn once from Beta(a, a), a being `mixup` or `cutmix`; a box cut off by the border gives the share
+    it really leaves. Where one a is 0 the other way is always taken; where both are, images stay unmixed.
+
+    Takes float images (B, 3, H, W) and int64 labels (B,) on any device, without waiting for it; returns images of
+    that shape and float32 targets (B, num_classes), each row adding up to 1: labels mixed likewise, with `smoothing`
+    spread over all classes. The inputs stay as they are. `rng` (None: seeded by the system) makes all the draws.
+    """
+    rng = rng or random.Random()
+    share = 1.0
+    if cutmix > 0 and (mixup == 0 or rng.random() < 0.5):
+        H, W = images.shape[-2:]
+        side = math.sqrt(1 - rng.betavariate(cutmix, cutmix))
+        height, width = int(H * side), int(W * side)
+        top, left = rng.randrange(H) - height // 2, rng.randrange(W) - width // 2   # the centre is uniform
+        rows, columns = slice(max(top, 0), min(top + height, H)), slice(max(left, 0), min(left + width, W))
+        partners = images.flip(0)
+        images = images.clone()
+        images[..., rows, columns] = partners[..., rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
+    elif mixup > 0:
+        share = rng.betavariate(mixup, mixup)
+        images = share * images + (1 - share) * images.flip(0)
+
+    targets = (1 - smoothing) * F.one_hot(labels, num_classes).float() + smoothing / num_classes   # (B, num_classes)
+    return images, share * targets + (1 - share) * targets.flip(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples and batches
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample number `key` = epoch * len(source) + index: (*transform(image, rng), label, broken).
+
+    source: an `ImageFolder`, `Shapes`, or `Subset` of one.
+    transform: takes the opened image and a random.Random that knows only (seed, epoch, index); returns a tuple.
+    broken: -1, or the index of a file that can't be read. Such a sample is replaced by another, the same everywhere.
+    """
+
+    def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int) -> tuple:
+        epoch, wanted = divmod(key, len(self))
+        index, broken = wanted, -1
+        for attempt in range(10):
+            rng = random.Random(f"{self.seed} {epoch} {index}")
+            try:
+                return *self.transform(self.source.open(index), rng), self.source.labels[index], broken
+            except Exception:  # Pillow has a dozen kinds for a bad file; the training loop counts them and stops early
+                broken, index = wanted, rng.randrange(len(self))
+        gray = Image.new("RGB", (64, 64), "gray")
+        return *self.transform(gray, rng), self.source.labels[index], broken
+
+
+class Batches(torch.utils.data.Sampler):
+    """Keys (for `Samples`) of this process's batches, from optimizer step `start` to the end of training.
+
+    One stream over all epochs: workers never run dry at the end of an epoch, and a run can go on from any step, which
+    torch's DistributedSampler can't. Each epoch is a permutation, cut into global batches of `batch_size`; the rest is
+    dropped. A global batch is cut into accum_steps, and each of those is dealt out to the processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, epochs: int, seed: int = 0, start: int = 0, accum_steps: int = 1,
+                 rank: int = 0, world_size: int = 1):
+        self.length, self.batch_size, self.epochs, self.seed, self.start = length, batch_size, epochs, seed, start
+        self.accum_steps, self.rank, self.world_size = accum_steps, rank, world_size
+        self.steps_per_epoch = length // batch_size
+
+    def __len__(self) -> int:
+        return (self.epochs * self.steps_per_epoch - self.start) * self.accum_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + epoch))
+            keys = order + epoch * self.length
+            for step in range(self.steps_per_epoch):
+                if epoch * self.steps_per_epoch + step >= self.start:
+                    batch = keys[step * self.batch_size : (step + 1) * self.batch_size]
+                    for part in batch.chunk(self.accum_steps):
+                        yield part[self.rank :: self.world_size].tolist()

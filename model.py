@@ -1,0 +1,520 @@
+"""BootMAE: Bootstrapped Masked Autoencoders (Dong et al., ECCV 2022, arXiv 2207.07116). Needs only torch.
+
+Read from the top: attention and blocks, the ViT, the decoder with feature injection, and `BootMAE.forward`, which is
+the paper's Figure 2. Shapes: B images, N patches of p x p pixels and C channels, V of them visible, M = N - V masked;
+encoder width D, decoder width d. The CLS token is always token 0, so an encoder sequence is 1 + V long.
+"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZES = {  # name: keyword arguments of ViT and BootMAE
+    "nano": dict(embed_dim=128, depth=6, num_heads=4),
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patches and positions
+
+
+def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image of `img_size` (a side, or height and width). ValueError if it has a rest."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height % patch_size or width % patch_size or min(height, width) < patch_size:
+        raise ValueError(f"image size {height} x {width} is not divisible by patch_size {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut (B, C, H, W) into patches (B, N, C*p*p), row by row; a patch is laid out channel first, (C, p, p)."""
+    rows, columns = patch_grid(images.shape[2:], patch_size)
+    x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))   # (B, C, rows, p, columns, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                        # (B, N, C*p*p)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Undo `patchify`: (B, N, C*p*p) -> (B, C, H, W)."""
+    x = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid)          # (B, rows, columns, C, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)                        # (B, C, H, W)
+
+
+def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos positions, float32 (1, 1 + N, embed_dim): zeros for CLS, then [sin r, cos r, sin c, cos c]."""
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, as the sin-cos positions need")
+    omega = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))   # (D/4,)
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    r, c = row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega                             # (N, D/4)
+    table = torch.cat([r.sin(), r.cos(), c.sin(), c.cos()], dim=1)                               # (N, D)
+    return F.pad(table, (0, 0, 1, 0)).float()[None]                                              # (1, 1+N, D)
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Interpolate a position table (1, 1 + rows * columns, D) bicubically to another grid; CLS stays as it is."""
+    if tuple(grid) == tuple(new_grid):
+        return table
+    cls, patches = table[:, :1], table[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)             # (1, D, rows, columns)
+    patches = F.interpolate(patches, new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformer blocks. Their names, and so the keys in a state_dict, are timm's.
+
+
+class Attention(nn.Module):
+    """Multi-head attention: self-attention, or cross-attention to a context of width `context_dim`.
+
+    A head is floor(dim / num_heads) wide. That need not divide: the published ViT-B regressor has 12 heads of 42 at
+    width 512, so its q, k and v are 504 wide.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        inner = dim // num_heads * num_heads
+        if context_dim is None:
+            self.qkv = nn.Linear(dim, 3 * inner)
+        else:
+            self.q = nn.Linear(dim, inner)
+            self.kv = nn.Linear(context_dim, 2 * inner)
+        self.proj = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, dim), and for cross-attention (B, S, context_dim), to (B, T, dim)."""
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)                               # (B, T, h*w) each
+        else:
+            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)             # (B, T, h*w), (B, S, h*w) twice
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))   # (B, h, T or S, w)
+        x = F.scaled_dot_product_attention(q, k, v)                              # (B, h, T, w)
+        return self.proj(x.transpose(1, 2).flatten(2))                           # (B, T, dim)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, T, D) -> (B, T, D); `drop_path` is the chance that a sample skips a branch."""
+
+    def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = drop_path
+
+    def drop(self, branch: Tensor) -> Tensor:
+        if not self.training or not self.drop_path:
+            return branch
+        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)              # (B, 1, 1)
+        return branch * keep / (1 - self.drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class DecoderBlock(Block):
+    """A block with feature injection (section 3.3): cross-attention to encoder features between attention and MLP.
+
+    context_dim None leaves the injection out, which makes it a plain block.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None):
+        super().__init__(dim, num_heads)
+        self.cross_attn = None
+        if context_dim is not None:
+            self.norm_query = nn.LayerNorm(dim, eps=1e-6)
+            self.norm_context = nn.LayerNorm(context_dim, eps=1e-6)
+            self.cross_attn = Attention(dim, num_heads, context_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(self.norm_query(x), self.norm_context(context))
+        return x + self.mlp(self.norm2(x))
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform matrices, zero biases; for `nn.Module.apply`, which reaches a Linear before its Attention."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):  # the patch embedding, a linear map of a patch
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):  # q, k and v share a Linear, but each is its own matrix
+        fused, parts = (module.qkv, 3) if hasattr(module, "qkv") else (module.kv, 2)
+        for matrix in fused.weight.chunk(parts):
+            nn.init.xavier_uniform_(matrix)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The encoder
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of patches (B, n, C*p*p) -> (B, n, D). Kept as a convolution's weight, which is how files have it."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al., 2021) with fixed sin-cos positions; the state_dict is timm's.
+
+    img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a classifier, with
+    `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly from 0 in the first block to its
+    value in the last. Images are float (B, in_chans, H, W) in [-1, 1].
+    Raises ValueError if img_size is not divisible by patch_size, embed_dim not by 4, or embed_dim not by num_heads.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        num_classes: int = 0,
+        drop_path: float = 0.0,
+        in_chans: int = 3,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        if num_classes:
+            self.norm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.head = nn.Linear(embed_dim, num_classes)
+        else:
+            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.fc_norm = self.head = nn.Identity()
+
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if num_classes:  # nearly zero, so that fine-tuning starts from even odds
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            self.head.weight.data.mul_(0.001)
+
+    def encode(
+        self, patches: Tensor, keep: Tensor | None = None, taps: tuple[int, ...] = (), grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the blocks over patches (B, N, C*p*p), or over only those numbered in keep (B, V) int64.
+
+        Returns the last block's tokens (B, 1 + V, D), before the final norm, and the same of each block numbered in
+        `taps` (the first block is 1). `grid` is the patches' own where it is not the model's: positions are then
+        interpolated.
+        """
+        positions = resize_positions(self.pos_embed, self.grid, grid or self.grid)    # (1, 1+N, D)
+        cls, positions = self.cls_token + positions[:, :1], positions[:, 1:]          # (1, 1, D), (1, N, D)
+        if keep is not None:
+            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1)          # (B, V, C*p*p)
+            positions = positions[0, keep]                                            # (B, V, D)
+        x = self.patch_embed(patches) + positions                                     # (B, V, D)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)                         # (B, 1+V, D)
+        tapped = {}
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in taps:
+                tapped[number] = x
+        return x, tapped
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes), or without a head to the mean patch token (B, D)."""
+        if patch_grid(images.shape[2:], self.patch_size) != self.grid:
+            sides = [side * self.patch_size for side in self.grid]
+            raise ValueError(f"images are {tuple(images.shape[2:])}; this ViT takes {tuple(sides)}: build it with img_size=")
+        x, _ = self.encode(patchify(images, self.patch_size))                         # (B, 1+N, D)
+        return self.head(self.fc_norm(self.norm(x)[:, 1:].mean(dim=1)))
+
+    def feature_maps(self, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
+        """Outputs of the blocks numbered in `blocks` (from 1) as maps (B, D, H/p, W/p), for dense prediction.
+
+        Any image size that patch_size divides will do: positions are interpolated. Gradients flow.
+        """
+        grid = patch_grid(images.shape[2:], self.patch_size)
+        if not all(1 <= number <= len(self.blocks) for number in blocks):
+            raise ValueError(f"blocks {tuple(blocks)}: this ViT has blocks 1 to {len(self.blocks)}")
+        _, tapped = self.encode(patchify(images, self.patch_size), taps=tuple(blocks), grid=grid)
+        return [tapped[number][:, 1:].transpose(1, 2).unflatten(2, grid) for number in blocks]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# BootMAE
+
+
+class Decoder(nn.Module):
+    """Fills in the masked places: the pixel regressor and the feature predictor are both one of these (section 3.2).
+
+    context_dim is the width of the features injected into each block, or None for no injection.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], in_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, context_dim: int | None
+    ):
+        super().__init__()
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(dim, grid))
+        self.blocks = nn.ModuleList(DecoderBlock(dim, num_heads, context_dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, out_dim)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
+        """latent (B, 1+V, D), context likewise, masked (B, M) patch numbers -> tokens (B, N, d), the M masked ones last.
+
+        Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
+        """
+        visible = self.embed(latent)                              # (B, 1+V, d), the encoder has told it where it is
+        holes = self.mask_token + self.pos_embed[0, 1:][masked]   # (B, M, d), only the position tells these apart
+        x = torch.cat([visible, holes], dim=1)                    # (B, 1+N, d)
+        for block in self.blocks:
+            x = block(x, context)
+        return x[:, 1:]
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, d) -> predictions (B, n, out_dim)."""
+        return self.head(self.norm(tokens))
+
+
+class Output:
+    """What `BootMAE.forward` returns.
+
+    pixel_loss, feature_loss: scalars, over the masked patches (feature_loss is 0 without a feature target).
+    pixels (B, N, C*p*p): the predicted pixels of each patch in image order, normalised as `normalize_patches` does.
+    features (B, N, D): the predicted teacher features (None without a feature target).
+    The loss needs the masked patches alone, so the last two are made only when they are read.
+    """
+
+    def __init__(self, pixel_loss: Tensor, feature_loss: Tensor, model: "BootMAE", order: Tensor, tokens: tuple):
+        self.pixel_loss, self.feature_loss = pixel_loss, feature_loss
+        self._model, self._order, self._tokens = model, order, tokens
+
+    def _predict(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        return torch.take_along_dim(decoder.predict(tokens), self._order.argsort(dim=1)[:, :, None], dim=1)
+
+    @property
+    def pixels(self) -> Tensor:
+        return self._predict(self._model.regressor, self._tokens[0])
+
+    @property
+    def features(self) -> Tensor | None:
+        return self._predict(self._model.predictor, self._tokens[1]) if self._model.predictor is not None else None
+
+
+def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
+    """Normalise each channel of each patch by its own mean and biased variance: (..., C*p*p) to the same shape.
+
+    Per channel, so the local colour is left out of the target as well; MAE normalises over all C*p*p values.
+    """
+    x = patches.unflatten(-1, (-1, patch_size**2))                # (..., C, p*p)
+    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    return ((x - mean) / (variance + 1e-5).sqrt()).flatten(-2)
+
+
+class BootMAE(nn.Module):
+    """Pretraining model: `.encoder`, its EMA copy `.teacher`, and the decoders `.regressor` and `.predictor`.
+
+    img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor is embed_dim wide.
+    decoder_num_heads: the encoder's if None. The paper's ablations:
+    inject: the encoder blocks whose output the regressor and the predictor attend to (first is 1, last is -1, 0: none).
+    feature_target: False leaves out teacher and predictor; with inject=(0, 0) that is an MAE with a shallow decoder.
+    weighted_loss: False weighs all masked patches alike.
+    Raises ValueError for sizes that do not fit (see `ViT`), a width not divisible by 4 or a block that is not there.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_dim: int = 512,
+        decoder_depth: int = 2,
+        decoder_num_heads: int | None = None,
+        inject: tuple[int, int] = (1, -1),
+        feature_target: bool = True,
+        weighted_loss: bool = True,
+        in_chans: int = 3,
+    ):
+        super().__init__()
+        if not all(-1 <= number <= depth for number in inject):
+            raise ValueError(f"inject {tuple(inject)}: blocks are numbered 1 to {depth}; -1 is the last, 0 is none")
+        self.encoder = ViT(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
+        self.patch_size, self.grid, self.weighted_loss = patch_size, self.encoder.grid, weighted_loss
+        self.inject = tuple(depth if number == -1 else number for number in inject)
+        contexts = [embed_dim if number else None for number in self.inject]
+        heads = decoder_num_heads or num_heads
+        self.regressor = Decoder(
+            self.grid, embed_dim, decoder_dim, decoder_depth, heads, in_chans * patch_size**2, contexts[0]
+        )
+        self.predictor = self.teacher = None
+        if feature_target:
+            self.predictor = Decoder(self.grid, embed_dim, embed_dim, decoder_depth, heads, embed_dim, contexts[1])
+            self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Output:
+        """One look at images, float (B, C, H, W) in [-1, 1], through mask, bool (B, N), True = masked: see `Output`.
+
+        Every row of the mask has the same count. The mask may stay on the CPU: checking it then costs no GPU sync.
+        Raises ValueError for images or a mask of another shape, dtype or count.
+        """
+        visible, masked = self.split(images, mask)                                            # (B, V), (B, M) numbers
+        patches = patchify(images, self.patch_size)                                           # (B, N, C*p*p)
+        masked_patches = torch.take_along_dim(patches, masked[:, :, None], dim=1)             # (B, M, C*p*p)
+        weight = self.patch_weight(mask.to(images.device), masked)                            # (B, M, 1)
+
+        # Encoder: sees the visible patches alone. Two taps lead to the decoders.
+        last, tapped = self.encoder.encode(patches, visible, taps=self.inject)                # (B, 1+V, D)
+        shallow, deep = (tapped.get(number) for number in self.inject)                        # (B, 1+V, D) each, or None
+        latent = self.encoder.norm(last)                                                      # (B, 1+V, D)
+
+        # Pixel regressor: the low-level target, with shallow features injected.
+        pixel_tokens = self.regressor(latent, shallow, masked)                                # (B, N, d), masked last
+        pixels = self.regressor.predict(pixel_tokens[:, visible.shape[1]:])                   # (B, M, C*p*p)
+        pixel_target = normalize_patches(masked_patches, self.patch_size)                     # (B, M, C*p*p)
+        pixel_loss = (weight * (pixels.float() - pixel_target) ** 2).mean()
+
+        feature_tokens, feature_loss = None, torch.zeros_like(pixel_loss)
+        if self.teacher is not None:
+            # Feature predictor: the high-level target, with deep features injected.
+            feature_tokens = self.predictor(latent, deep, masked)                             # (B, N, D), masked last
+            features = self.predictor.predict(feature_tokens[:, visible.shape[1]:])           # (B, M, D)
+            # Momentum teacher: sees the whole image.
+            with torch.no_grad():
+                taught, _ = self.teacher.encode(patches)                                      # (B, 1+N, D)
+                feature_target = torch.take_along_dim(taught[:, 1:], masked[:, :, None], 1)   # (B, M, D)
+            feature_loss = (weight * (standardize(features) - standardize(feature_target)) ** 2).mean()
+
+        order = torch.cat([visible, masked], dim=1)                                           # (B, N)
+        return Output(pixel_loss, feature_loss, self, order, (pixel_tokens, feature_tokens))
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * encoder, in one pass over the memory. After each step."""
+        if self.teacher is not None:
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
+
+    @torch.compiler.disable  # the compiler should see the counts as constants, so that shapes stay static
+    def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
+        shape = (len(images), self.grid[0] * self.grid[1])
+        if patch_grid(images.shape[2:], self.patch_size) != self.grid:
+            sides = [side * self.patch_size for side in self.grid]
+            raise ValueError(f"images are {tuple(images.shape[2:])}; this model was built for {tuple(sides)}")
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool {shape}, True = masked")
+        low, high = torch.stack(mask.sum(dim=1).aminmax()).tolist()
+        if low != high or not 0 < low < shape[1]:
+            raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; each must hide the same number, "
+                             f"1 to {shape[1] - 1}")
+        order = mask.byte().argsort(dim=1, stable=True).to(images.device, non_blocking=True)   # (B, N), visible first
+        return order[:, :-low], order[:, -low:]
+
+    def patch_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
+        """Loss weights of the masked patches (B, M, 1): m * avg3(m) + m, more in the middle of a masked region."""
+        m = mask.float().unflatten(1, self.grid)                                              # (B, rows, columns)
+        if self.weighted_loss:
+            m = m * F.avg_pool2d(m[:, None], 3, stride=1, padding=1)[:, 0] + m
+        return m.flatten(1).take_along_dim(masked, dim=1)[:, :, None]
+
+
+def standardize(features: Tensor) -> Tensor:
+    """LayerNorm without parameters over the last dimension, in float32: teacher and prediction are compared in it."""
+    return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The authors' files
+
+
+def from_official(checkpoint: dict) -> dict[str, Tensor]:
+    """Turn a checkpoint of the authors' code (github LightDXY/BootMAE), or its 'model' alone, into our state_dict.
+
+    A pretraining checkpoint gives one for `BootMAE` (the teacher is 'model_ema', where there is one), a fine-tuned one
+    for a `ViT` with a head. Raises ValueError naming the keys that belong to neither.
+    """
+    theirs = checkpoint.get("model", checkpoint)
+    if "head.weight" in theirs:
+        return _merge_biases(theirs)
+    ours = _merge_biases(theirs)
+    average = _merge_biases(checkpoint["model_ema"]) if checkpoint.get("model_ema") else ours
+
+    renamed = {}
+    for key, value in ours.items():
+        part, _, rest = key.partition(".")
+        name = part.removesuffix("_1")
+        decoder = "regressor" if name == part else "predictor"
+        if part in ("patch_embed", "cls_token", "blocks", "norm", "pos_embed"):
+            renamed[f"encoder.{key}"] = value
+            renamed[f"teacher.{key}"] = average[key]
+            if part == "pos_embed":
+                renamed["predictor.pos_embed"] = value
+        elif part == "de_pos_embed":
+            renamed["regressor.pos_embed"] = value
+        elif name == "mask_token":
+            renamed[f"{decoder}.mask_token"] = value
+        elif name == "down":
+            renamed[f"{decoder}.embed.{rest}"] = value
+        elif name == "decode_norm":
+            renamed[f"{decoder}.norm.{rest}"] = value
+        elif name == "decode_blocks":
+            for old, new in ("norm3.", "norm_query."), ("norm4.", "norm_context."), ("c_attn.", "cross_attn."):
+                rest = rest.replace(old, new)
+            renamed[f"{decoder}.blocks.{rest}"] = value
+        elif key == "lm_head.proj.weight":  # transposed convolution (d, C, p, p) -> linear map (C*p*p, d)
+            renamed["regressor.head.weight"] = value.flatten(1).T.contiguous()
+        elif key == "lm_head.proj.bias":    # one value a channel -> one a pixel
+            renamed["regressor.head.bias"] = value.repeat_interleave(math.prod(ours["lm_head.proj.weight"].shape[2:]))
+        elif part == "lm_head_1":
+            renamed[f"predictor.head.{rest}"] = value
+        else:
+            raise ValueError(f"{key} is no key of an official BootMAE checkpoint")
+    return renamed
+
+
+def _merge_biases(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the authors' q_bias and v_bias by the bias of the Linear that they belong to; k's is zero."""
+    merged = {key: value for key, value in theirs.items() if not key.endswith(("q_bias", "v_bias"))}
+    for key, q_bias in theirs.items():
+        if key.endswith("q_bias"):
+            attention = key.removesuffix("q_bias")
+            v_bias = theirs[attention + "v_bias"]
+            zero = torch.zeros_like(v_bias)
+            if attention + "qkv.weight" in theirs:
+                merged[attention + "qkv.bias"] = torch.cat([q_bias, zero, v_bias])
+            else:
+                merged[attention + "q.bias"] = q_bias
+                merged[attention + "kv.bias"] = torch.cat([zero, v_bias])
+    return merged

@@ -1,0 +1,517 @@
+"""Pretrain BootMAE.
+
+    python train.py                                           built-in images, no GPU, a few minutes
+    python train.py --data imagenet/train --batch_size 1024   one GPU
+    torchrun --nproc_per_node=8 train.py --data imagenet/train
+
+Run the same command again and it goes on where it was. `--batch_size` counts the images of one optimizer step over all
+processes and accumulation steps, so a recipe means the same on any number of GPUs.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes: each value can be overridden by the flag of the same name.
+
+IMAGENET = dict(
+    model="base", img_size=224, patch_size=16, decoder_dim=512, decoder_depth=2,
+    mask="block", mask_ratio=0.75, inject=(1, -1), feature_target=1, weighted_loss=1,
+    epochs=800, batch_size=4096, base_lr=1.5e-4, min_lr=1e-4, warmup_epochs=40, weight_decay=0.05, betas=(0.9, 0.95),
+    feature_ramp=0.25, momentum=(0.999, 0.9999, 0.99999), crop_scale=(0.2, 1.0), num_images=0,
+)
+RECIPES = {
+    "shapes": IMAGENET | dict(
+        model="nano", img_size=64, patch_size=8, decoder_dim=64,
+        epochs=20, batch_size=32, base_lr=4e-3, min_lr=0.0, warmup_epochs=1,
+        momentum=(0.99, 0.995, 0.999), crop_scale=(0.6, 1.0), num_images=2000,
+    ),
+    "imagenet": IMAGENET,
+    "imagenet_large": IMAGENET | dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
+    "cifar10": IMAGENET | dict(
+        model="small", img_size=32, patch_size=4, decoder_dim=192,
+        epochs=300, batch_size=512, base_lr=5e-4, min_lr=0.0, warmup_epochs=10, momentum=(0.99, 0.996, 0.999),
+    ),
+}
+HELP = dict(
+    model="size of the encoder: nano, tiny, small, base or large (model.py's SIZES)",
+    img_size="side of the square input", patch_size="side of a patch",
+    decoder_dim="width of the pixel regressor", decoder_depth="blocks in each decoder",
+    mask="block-wise or random masks: block, random", mask_ratio="fraction of the patches that is masked",
+    inject="encoder blocks injected into regressor and predictor: -1 is the last, 0 is none",
+    feature_target="0: no teacher and no feature predictor", weighted_loss="0: masked patches all weigh the same",
+    epochs="length of the run", batch_size="images a step, over all processes and --accum_steps",
+    base_lr="learning rate for 256 images; it scales with --batch_size", min_lr="learning rate at the end",
+    warmup_epochs="linear warm-up from 0", weight_decay="on matrices only", betas="of AdamW",
+    feature_ramp="fraction of training over which the weight of feature_loss rises to 1",
+    momentum="of the teacher at the start, at 1/8 and from 1/2 of training", crop_scale="area of a random crop",
+    num_images="how many built-in images, or the most to use of a folder (0: all)",
+)
+ARCHITECTURE = ("model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "inject", "feature_target")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        fail(message)
+
+
+def fail(message: str, code: int = 2, rank_zero: bool = True):
+    """End with one line on stderr; code 2: a call that can't work, 1: something went wrong. rank_zero: all ranks know."""
+    if not rank_zero or int(os.environ.get("RANK", 0)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict], helps: dict[str, str]) -> None:
+    for name, value in next(iter(recipes.values())).items():
+        first, count = (value[0], len(value)) if isinstance(value, tuple) else (value, None)
+        parser.add_argument(f"--{name}", type=type(first), nargs=count, help=f"{helps[name]} ({value} in the first recipe)")
+
+
+def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
+    """Fill in the recipe's value wherever no flag was given."""
+    for name, value in recipes[args.recipe].items():
+        given = getattr(args, name)
+        setattr(args, name, value if given is None else tuple(given) if isinstance(value, tuple) else given)
+    return args
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", help="folder for everything that is written")
+    parser.add_argument("--fresh", action="store_true", help="start over, even where there is a checkpoint")
+    parser.add_argument("--accum_steps", type=int, default=1, help="cut a batch into this many, to save memory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, help="processes that load images, for each process that trains")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--save_every", type=int, default=1, help="epochs between checkpoints")
+    parser.add_argument("--log_every", type=int, default=20, help="steps between looks at the losses")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of images, nested or flat (default: built-in images)")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: imagenet with --data, else shapes")
+    parser.add_argument("--picture_every", type=int, default=5, help="epochs between pictures")
+    add_common_flags(parser)
+    add_recipe_flags(parser, RECIPES, HELP)
+    args = parser.parse_args(argv)
+    args.recipe = args.recipe or ("imagenet" if args.data else "shapes")
+    args.out = args.out or os.path.join("output", args.recipe)
+    return apply_recipe(args, RECIPES)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch is imported, so that --help and a typo answer at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+from masking import block_mask, random_mask  # noqa: E402
+from model import SIZES, BootMAE, normalize_patches, patchify, unpatchify  # noqa: E402
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set-up, shared with finetune.py: processes, precision, loading, saving, stopping
+
+
+def setup(args: argparse.Namespace) -> SimpleNamespace:
+    """Read torchrun's environment, check the flags that every run has, choose device and precision.
+
+    Returns rank, world_size, local_rank, device, dtype (of autocast; None: off) and is_main.
+    """
+    env = SimpleNamespace(
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+    )
+    env.is_main = env.rank == 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if cuda and env.local_rank >= torch.cuda.device_count():
+        fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+    for name in ("epochs", "batch_size", "accum_steps", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.batch_size % (env.world_size * args.accum_steps):
+        fail(f"--batch_size {args.batch_size} is not divisible by {env.world_size} processes x --accum_steps "
+             f"{args.accum_steps}")
+    if args.workers is None:  # on a CPU the model needs the cores itself
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(16, len(os.sched_getaffinity(0)) // local) if cuda else 1
+
+    env.device = torch.device("cuda", env.local_rank) if cuda else torch.device("cpu")
+    amp = args.amp
+    if amp == "auto":
+        amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "off"
+    env.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if cuda:
+        torch.cuda.set_device(env.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return env
+
+
+def start_processes(env: SimpleNamespace) -> None:
+    """Join the other processes that torchrun started; gloo beside nccl carries the flags that live on the CPU."""
+    if env.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo")
+
+
+def total(x: Tensor, env: SimpleNamespace) -> Tensor:
+    """Sum of a tensor over the processes; the same on each."""
+    if env.world_size > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def make_loader(samples: data.Samples, batches, args: argparse.Namespace, env: SimpleNamespace):
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=batches, num_workers=args.workers, pin_memory=env.device.type == "cuda",
+        worker_init_fn=_ignore_signals, prefetch_factor=4 if args.workers else None,
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A Ctrl-C reaches the workers too, but it is the training process that decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class StopRequest:
+    """Turns SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) into a flag; a second one ends the process at once."""
+
+    def __init__(self, env: SimpleNamespace):
+        self.env, self.signal = env, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal that any process has received, else 0. All must ask together. On the CPU: no GPU sync."""
+        if self.env.world_size > 1:
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal
+
+
+def save(content, path: str) -> None:
+    """Write a file whole or not at all: beside it, flushed to disk, renamed. Text, or whatever torch.save takes."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        fail(f"could not save {path} ({error}); what was saved before is whole", code=1)
+
+
+def load(path: str) -> dict:
+    """Read a file of tensors and plain values. A file that holds anything else, code for one, is refused unread."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their arguments
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except FileNotFoundError:
+        fail(f"{path} does not exist")
+    except Exception as error:  # torch.load has a kind for each way in which a file can be bad
+        reason = str(error).strip().splitlines()[0]
+        fail(f"{path} is damaged or not a plain checkpoint, and was left as it is ({type(error).__name__}: {reason})")
+
+
+def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
+    """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: matrices decay; biases, norms and the CLS token do not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim == 1 or name.endswith("cls_token")]
+    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith("cls_token"))]
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+
+
+def name_broken(broken: Tensor, samples: data.Samples, named: set[int]) -> int:
+    """Warn of each unreadable file in a batch, once a run (`named` remembers); returns how many samples it cost."""
+    found = broken[broken >= 0].tolist()
+    for index in set(found) - named:
+        tqdm.write(f"warning: can't read {samples.source.name(index)!r}; another image takes its place", file=sys.stderr)
+    named.update(found)
+    return len(found)
+
+
+def check_broken(count: float, samples: data.Samples, named: set[int]) -> None:
+    """End the run if `count` samples of this epoch, over all processes, are more than 1 % of the images."""
+    if count > 0.01 * len(samples):
+        examples = ", ".join(repr(samples.source.name(index)) for index in sorted(named)[:3])
+        fail(f"{count:.0f} of {len(samples)} images can't be read, more than 1 %, for example {examples}", code=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
+    """One image's view and mask: uint8 (3, H, W), bool (N,)."""
+    image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    num_patches = grid[0] * grid[1]
+    num_masked = round(args.mask_ratio * num_patches)
+    if args.mask == "block":
+        mask = block_mask(1, grid, num_masked, generator)[0]
+    else:
+        mask = random_mask(1, num_patches, num_masked, generator)[0]
+    return data.to_tensor(image), mask
+
+
+def schedules(progress: float, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
+    """Learning rate, weight of feature_loss (lambda) and teacher momentum at `progress` (0 .. 1 of training)."""
+    lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
+    feature_weight = min(1.0, (epoch + 1) / (args.feature_ramp * args.epochs)) if args.feature_ramp else 1.0
+    momentum = float(np.interp(progress, (0, 1 / 8, 1 / 2), args.momentum))
+    return lr, feature_weight, momentum
+
+
+@torch.no_grad()
+def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> None:
+    """Save a PNG with a row for each image: original, masked, reconstruction, teacher features as colours.
+
+    images: float (B, 3, H, W) in [-1, 1]; mask: bool (B, N). Predicted patches get the true patch's mean and standard
+    deviation back; visible ones are pasted in. The colours are the first three principal components over all images.
+    """
+    model.eval()
+    out = model(images, mask)
+    model.train()
+    p, grid = model.patch_size, model.grid
+    patches, hidden = patchify(images, p), mask.to(images.device)[:, :, None]                # (B, N, 3*p*p), (B, N, 1)
+    variance, mean = torch.var_mean(patches.unflatten(2, (3, -1)), dim=3, correction=0, keepdim=True)
+    filled = (out.pixels.unflatten(2, (3, -1)) * (variance + 1e-5).sqrt() + mean).flatten(2)
+    columns = [patches, patches.masked_fill(hidden, 0.5), torch.where(hidden, filled, patches)]
+    columns = [unpatchify(column, p, grid).clamp(-1, 1) for column in columns]               # (B, 3, H, W) each
+    titles = ["original", "masked", "reconstruction"]
+    if model.teacher is not None:
+        features = model.teacher.encode(patches)[0][:, 1:].float().flatten(0, 1)             # (B*N, D)
+        features = features - features.mean(dim=0)
+        _, axes = torch.linalg.eigh(features.T @ features)                                   # eigenvalues rise
+        axes = axes[:, -3:].flip(1)                                                          # (D, 3)
+        colours = features @ (axes * axes.sum(dim=0).sign())                                 # (B*N, 3), sign fixed
+        colours = (colours / (2 * colours.std(dim=0) + 1e-6)).clamp(-1, 1)
+        maps = colours.unflatten(0, (len(images), *grid)).permute(0, 3, 1, 2)                # (B, 3, rows, columns)
+        columns.append(torch.nn.functional.interpolate(maps, images.shape[2:]))
+        titles.append("teacher features")
+
+    zoom = max(1, 128 // images.shape[3])
+    table = torch.stack(columns, dim=1).add(1).mul(127.5).round().byte().cpu()               # (B, 4, 3, H, W)
+    table = torch.nn.functional.pad(table, (1, 1, 1, 1), value=255)
+    table = table.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()                 # (B*H, 4*W, 3)
+    table = Image.fromarray(table).resize((table.shape[1] * zoom, table.shape[0] * zoom), Image.Resampling.NEAREST)
+    picture = Image.new("RGB", (table.width, table.height + 16), "white")
+    picture.paste(table, (0, 16))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(picture).text((column * table.width // len(titles) + 4, 2), title, fill="black")
+    picture.save(path)
+
+
+def main(args: argparse.Namespace) -> None:
+    # ---- checks, before anything is written or any process waits for another
+    env = setup(args)
+    torch.manual_seed(args.seed)  # the same weights in every process
+    try:
+        if args.model not in SIZES:
+            raise ValueError(f"--model {args.model}: choose one of {', '.join(SIZES)}")
+        if args.mask not in ("block", "random"):
+            raise ValueError(f"--mask {args.mask}: choose block or random")
+        model = BootMAE(
+            args.img_size, args.patch_size, **SIZES[args.model], decoder_dim=args.decoder_dim,
+            decoder_depth=args.decoder_depth, inject=args.inject, feature_target=bool(args.feature_target),
+            weighted_loss=bool(args.weighted_loss),
+        )
+        num_patches = math.prod(model.grid)
+        if not 0 < round(args.mask_ratio * num_patches) < num_patches:
+            raise ValueError(f"--mask_ratio {args.mask_ratio} masks {round(args.mask_ratio * num_patches)} of {num_patches} "
+                             "patches; at least one must be masked and one visible")
+        source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
+        if args.data and 0 < args.num_images < len(source):
+            source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
+        if len(source) < args.batch_size:
+            raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+    # ---- data
+    samples = data.Samples(source, functools.partial(pretrain_sample, args=args, grid=model.grid), args.seed)
+    steps_per_epoch = len(source) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+
+    # ---- model and optimizer
+    model.to(env.device)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=args.betas, fused=True)
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype is torch.float16)
+
+    # ---- resume
+    checkpoint_path = os.path.join(args.out, "checkpoint.pt")
+    config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers")}
+    # Sums over this epoch so far: pixel_loss, feature_loss, steps with finite losses, broken samples
+    step, log, sums = 0, [], torch.zeros(4, dtype=torch.float64, device=env.device)
+    if os.path.exists(checkpoint_path) and not args.fresh:
+        checkpoint = load(checkpoint_path)
+        before = checkpoint.get("config", {})
+        changed = [f"--{name} {before.get(name)}" for name in ARCHITECTURE if before.get(name) != config[name]]
+        if changed:
+            fail(f"{checkpoint_path} was trained with {', '.join(changed)}: give the same, another --out, or --fresh")
+        if checkpoint["steps_per_epoch"] != steps_per_epoch:
+            fail(f"{checkpoint_path} had {checkpoint['steps_per_epoch']} steps an epoch and this run has {steps_per_epoch}: "
+                 "give the same --data, --num_images and --batch_size, another --out, or --fresh")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, log = checkpoint["step"], checkpoint["log"]
+        if env.is_main:
+            sums += checkpoint["sums"].to(env.device)
+            print(f"going on from {checkpoint_path}, epoch {step // steps_per_epoch} of {args.epochs}, step {step}")
+            if step >= total_steps:
+                print("this run is finished; --fresh starts it over, more --epochs make it longer")
+
+    start_processes(env)
+    if env.is_main:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {args.out}: {error.strerror}")
+        save(json.dumps(config, indent=1), os.path.join(args.out, "config.json"))
+        print(f"{args.recipe}: {len(source)} images, {total_steps} steps, {env.world_size} x {env.device.type}, "
+              f"{env.dtype or torch.float32}\n{json.dumps(config)}")
+
+    network = model
+    if env.world_size > 1:
+        network = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[env.local_rank] if env.device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    if args.compile:
+        network = torch.compile(network)
+    batches = data.Batches(len(source), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
+                           env.world_size)
+    stream = iter(make_loader(samples, batches, args, env)) if step < total_steps else None
+    stop, named = StopRequest(env), set()
+    recent = torch.zeros((), device=env.device)  # steps with finite losses since the last look
+    gallery = [samples[index] for index in range(min(8, len(source)))]
+    gallery_images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(env.device)
+    gallery_mask = torch.stack([sample[1] for sample in gallery])
+
+    def save_checkpoint() -> None:
+        """Rank 0 writes; all must call. Weights that are not finite are never saved over good ones."""
+        reduced = total(sums, env)
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        if not norms.isfinite().all():
+            fail(f"weights are not finite after step {step} (lr {lr:.2e}); {checkpoint_path} was left as it was. "
+                 "A lower --base_lr, more --warmup_epochs or --amp bf16 may help", code=1)
+        if env.is_main:
+            save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                      steps_per_epoch=steps_per_epoch, sums=reduced.cpu(), log=log, config=config), checkpoint_path)
+            save(model.encoder.state_dict(), os.path.join(args.out, "encoder.pt"))
+
+    # ---- training
+    model.train()
+    while step < total_steps:
+        epoch, began, began_step = step // steps_per_epoch, time.time(), step
+        bar = tqdm(range(step % steps_per_epoch, steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
+                   initial=step % steps_per_epoch, total=steps_per_epoch, disable=None if env.is_main else True)
+        for _ in bar:
+            lr, feature_weight, momentum = schedules(step / total_steps, epoch, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            row = torch.zeros_like(sums)
+            for part in range(args.accum_steps):
+                images, mask, _, broken = next(stream)
+                if count := name_broken(broken, samples, named):
+                    sums[3] += count
+                images = data.scale_pixels(images.to(env.device, non_blocking=True))
+                last = part == args.accum_steps - 1  # gradients travel between processes only then
+                with contextlib.nullcontext() if last or env.world_size == 1 else network.no_sync():
+                    with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
+                        out = network(images, mask)
+                        loss = out.pixel_loss + feature_weight * out.feature_loss
+                    scaler.scale(loss / args.accum_steps).backward()
+                row[:2] += torch.stack([out.pixel_loss, out.feature_loss]).detach() / args.accum_steps
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            model.update_teacher(momentum)
+
+            # Losses are summed on the device and looked at seldom. A step whose loss overflowed is left out of the mean.
+            row[2] = row.isfinite().all()
+            sums += row.nan_to_num(0, 0, 0) * row[2]
+            recent += row[2]
+            step += 1
+            if step == 1 or step % args.log_every == 0:
+                pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
+                if step > 1 and total(recent, env).item() == 0:
+                    fail(f"the loss has not been finite in the last {args.log_every} steps, up to step {step}: pixel_loss "
+                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as it was. "
+                         "A lower --base_lr, more --warmup_epochs or --amp bf16 may help", code=1)
+                recent.zero_()
+                check_broken(broken_count, samples, named)
+                bar.set_postfix_str(f"pixel_loss {pixel_loss / max(finite, 1):.4f} feature_loss {feature_loss / max(finite, 1):.4f} "
+                                    f"lr {lr:.2e}")
+            if stop.agreed():
+                bar.close()
+                save_checkpoint()
+                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}; {checkpoint_path} is saved, the same "
+                     "command goes on from there", code=128 + stop.signal)
+
+        # ---- end of an epoch
+        pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
+        speed = (step - began_step) * args.batch_size / (time.time() - began)
+        check_broken(broken_count, samples, named)
+        bar.close()
+        log.append(dict(
+            epoch=epoch + 1, pixel_loss=pixel_loss / max(finite, 1), feature_loss=feature_loss / max(finite, 1), lr=lr,
+            momentum=momentum, feature_weight=feature_weight, images_per_s=speed, broken=int(broken_count),
+        ))
+        sums.zero_()
+        finished = step == total_steps
+        if finished or (epoch + 1) % args.save_every == 0:
+            save_checkpoint()
+        if env.is_main:
+            save("".join(json.dumps(line) + "\n" for line in log), os.path.join(args.out, "log.jsonl"))
+            print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
+            if finished or (epoch + 1) % args.picture_every == 0:
+                draw_progress(model, gallery_images, gallery_mask, os.path.join(args.out, f"epoch_{epoch + 1:04d}.png"))
+    if env.is_main:
+        print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl and pictures")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(args)
+    except torch.OutOfMemoryError as error:
+        fail(f"out of GPU memory ({str(error).splitlines()[0]}): --accum_steps {2 * args.accum_steps} halves what a step "
+             "needs", code=1, rank_zero=False)
