@@ -107,7 +107,7 @@ OUTLINES = {
     "triangle": _regular(3),
     "star": _regular(10) * np.tile([1, 0.42], 5),
     "cross": np.outer(_regular(4), [0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j]).ravel(),
-    "heart": np.r_[1, _arc(0.125, 0.625, 0.555, -0.19 + 0.4j), _arc(0.375, 0.875, 0.555, -0.19 - 0.4j)],
+    "heart": -np.r_[1, _arc(0.125, 0.625, 0.555, -0.19 + 0.4j), _arc(0.375, 0.875, 0.555, -0.19 - 0.4j)],
     "moon": np.r_[_arc(0.14, 0.86), _arc(0.79, 0.21, radius=0.8, centre=0.43)],
     "arrow": np.r_[1, 0.1 + 0.8j, 0.1 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j],
     "drop": np.r_[1, _arc(0.176, 0.824, radius=0.62, centre=-0.38)],
@@ -117,30 +117,29 @@ OUTLINES = {
 SHAPES = tuple(OUTLINES)
 
 
-def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float, folds: int) -> np.ndarray:
-    """A gradient between two colours in a random direction, folded back and forth into stripes where `folds` > 1.
+def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float) -> np.ndarray:
+    """A colour of this lightness and hue (in turns) that grows darker downwards, more or less: the light is above.
 
-    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1, centred on a colour of this
-    lightness and hue (in turns). Each channel rises or falls on its own, by enough to show in an eighth of the way.
+    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. It falls by enough to show in an
+    eighth of the way.
     """
-    angle = rng.uniform(0, 2 * math.pi)
-    along = (x * math.cos(angle) + y * math.sin(angle)) / (abs(math.cos(angle)) + abs(math.sin(angle)))
-    wave = abs((folds * along + 1) % 4 - 2) - 1  # (H, W), a triangle wave: simply -along where folds is 1
-    middle = [light + 0.2 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
-    swing = [rng.choice((-1, 1)) * rng.uniform(0.1, 0.14) for _ in range(3)]
-    return np.float32(middle) + wave[..., None] * np.float32(swing)
+    angle = rng.uniform(-0.35, 0.35)
+    along = (x * math.sin(angle) + y * math.cos(angle)) / (abs(math.cos(angle)) + abs(math.sin(angle)))    # (H, W)
+    middle = [light + 0.16 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
+    swing = [rng.uniform(0.1, 0.14) for _ in range(3)]
+    return np.float32(middle) - along[..., None] * np.float32(swing)
 
 
 class Shapes:
     """Images of one big shape each: a drawn dataset with nothing to download.
 
     Image i is drawn from the number start + i alone, so equal numbers give equal images, and ranges of numbers that do
-    not overlap make separate training and test sets. The class is the shape; colours, stripes, place, size and rotation
-    say nothing about it.
+    not overlap make separate training and test sets. The class is the shape; colours, place, size and rotation say nothing
+    about it.
 
-    The rest of an image can be told from a part of it, since that is what pretraining asks: there is no noise, no
-    small detail, no flat colour (a patch without slope, once normalised, is nothing but rounding error), and the light
-    always comes from the top left.
+    The rest of an image can be told from a part of it, since that is what pretraining asks: there is no noise, no small
+    detail, no flat colour (a patch without slope, once normalised, is nothing but rounding error), a shape is lighter
+    than what it lies on, and the light comes from above, so that a mirrored image is as likely as the image.
     """
 
     classes = SHAPES
@@ -164,7 +163,7 @@ class Shapes:
         # Lengths are in a frame of -1 .. 1 across the image, and the shape keeps clear of its edges.
         radius = rng.uniform(0.56, 0.84)
         x, y = rng.uniform(-1, 1) * (0.95 - radius), rng.uniform(-1, 1) * (0.95 - radius)
-        angle = rng.uniform(0, 2 * math.pi)
+        angle = rng.uniform(-0.4, 0.4) - math.pi / 2  # outlines point along x; upright is -y
         turned = radius * complex(math.cos(angle), math.sin(angle))
         outline = OUTLINES[SHAPES[number % len(SHAPES)]] * turned + complex(x, y)
 
@@ -173,15 +172,15 @@ class Shapes:
         ImageDraw.Draw(canvas).polygon(((outline + 1 + 1j) * 2 * size).view(float).tolist(), fill=255)
         mask = canvas.reduce(4)
         shadow = Image.new("L", (size, size))
-        shadow.paste(mask, (round(size / 20), round(size / 20)))
+        shadow.paste(mask, (0, round(size / 16)))
         shadow = shadow.filter(ImageFilter.BoxBlur(size / 24))
 
-        # Shape and ground have opposite lightness and distant hues, so that the outline shows all the way round.
-        light, hue = rng.choice((0.35, 0.65)), rng.random()
+        # Distant hues as well as another lightness, so that the outline shows all the way round.
+        hue = rng.random()
         axis = np.linspace(-1, 1, size, dtype=np.float32)
         column, row = axis[None, :], axis[:, None]
-        image = _ramp(rng, column, row, light, hue, folds=rng.choice((1, 1, 3, 4)))
-        fill = _ramp(rng, (column - x) / radius, (row - y) / radius, 1 - light, hue + rng.uniform(0.35, 0.65), folds=1)
+        image = _ramp(rng, column, row, 0.34, hue)
+        fill = _ramp(rng, (column - x) / radius, (row - y) / radius, 0.66, hue + rng.uniform(0.35, 0.65))
         image *= 1 - np.asarray(shadow)[..., None] * np.float32(0.5 / 255)
         image += (fill - image) * (np.asarray(mask)[..., None] * np.float32(1 / 255))
         return Image.fromarray((image * 255 + 0.5).astype(np.uint8))

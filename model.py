@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZES = {  # name: keyword arguments of ViT and BootMAE
-    "nano": dict(embed_dim=128, depth=6, num_heads=4),
+    "nano": dict(embed_dim=128, depth=4, num_heads=4),
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),

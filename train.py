@@ -30,9 +30,9 @@ IMAGENET = dict(
 )
 RECIPES = {
     "shapes": IMAGENET | dict(
-        model="nano", img_size=64, patch_size=8, decoder_dim=64,
-        epochs=20, batch_size=32, base_lr=4e-3, min_lr=0.0, warmup_epochs=1,
-        momentum=(0.99, 0.995, 0.999), crop_scale=(0.6, 1.0), num_images=2000,
+        model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.6,
+        epochs=15, batch_size=16, base_lr=16e-3, min_lr=0.0, warmup_epochs=1,
+        momentum=(0.99, 0.995, 0.999), crop_scale=(0.6, 1.0), num_images=2400,
     ),
     "imagenet": IMAGENET,
     "imagenet_large": IMAGENET | dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
@@ -255,6 +255,50 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
 
 
+def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> dict:
+    """Load a checkpoint to go on from, after making sure that it belongs to this run: `fixed` names what must agree."""
+    checkpoint = load(path)
+    if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
+        fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
+    changed = [f"--{name} {checkpoint['config'].get(name)}" for name in fixed if checkpoint["config"].get(name) != config[name]]
+    if changed:
+        fail(f"{path} was trained with {', '.join(changed)}: give the same, or another --out, or --fresh to start over")
+    if checkpoint["steps_per_epoch"] != steps_per_epoch:
+        fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, this run has {steps_per_epoch}: give the same data and "
+             "--batch_size, or another --out, or --fresh to start over")
+    return checkpoint
+
+
+def check_weights(model: torch.nn.Module, what: str, path: str) -> None:
+    """End the run rather than save weights that are not finite over good ones."""
+    norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+    if not norms.isfinite().all():
+        fail(f"weights are no longer finite: {what}; {path} was left as it was. {CURE}", code=1)
+
+
+CURE = "A lower learning rate, a longer warm-up or --amp bf16 may help"
+
+
+def wrap(model: torch.nn.Module, args: argparse.Namespace, env: SimpleNamespace) -> torch.nn.Module:
+    """The model as it is called in training: distributed, compiled, or neither. Its parameters stay `model`'s own."""
+    if env.world_size > 1:
+        devices = [env.local_rank] if env.device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return torch.compile(model) if args.compile else model
+
+
+def make_out(args: argparse.Namespace, config: dict) -> None:
+    """Create the output folder; only called when nothing else can be wrong with the call."""
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
+    save(json.dumps(config, indent=1) + "\n", os.path.join(args.out, "config.json"))
+    print(json.dumps(config))
+
+
 def name_broken(broken: Tensor, samples: data.Samples, named: set[int]) -> int:
     """Warn of each unreadable file in a batch, once a run (`named` remembers); returns how many samples it cost."""
     found = broken[broken >= 0].tolist()
@@ -378,14 +422,7 @@ def main(args: argparse.Namespace) -> None:
     # Sums over this epoch so far: pixel_loss, feature_loss, steps with finite losses, broken samples
     step, log, sums = 0, [], torch.zeros(4, dtype=torch.float64, device=env.device)
     if os.path.exists(checkpoint_path) and not args.fresh:
-        checkpoint = load(checkpoint_path)
-        before = checkpoint.get("config", {})
-        changed = [f"--{name} {before.get(name)}" for name in ARCHITECTURE if before.get(name) != config[name]]
-        if changed:
-            fail(f"{checkpoint_path} was trained with {', '.join(changed)}: give the same, another --out, or --fresh")
-        if checkpoint["steps_per_epoch"] != steps_per_epoch:
-            fail(f"{checkpoint_path} had {checkpoint['steps_per_epoch']} steps an epoch and this run has {steps_per_epoch}: "
-                 "give the same --data, --num_images and --batch_size, another --out, or --fresh")
+        checkpoint = read_checkpoint(checkpoint_path, config, ARCHITECTURE, steps_per_epoch)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -396,24 +433,13 @@ def main(args: argparse.Namespace) -> None:
             if step >= total_steps:
                 print("this run is finished; --fresh starts it over, more --epochs make it longer")
 
+    # ---- processes
     start_processes(env)
     if env.is_main:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-        except OSError as error:
-            fail(f"--out {args.out}: {error.strerror}")
-        save(json.dumps(config, indent=1), os.path.join(args.out, "config.json"))
         print(f"{args.recipe}: {len(source)} images, {total_steps} steps, {env.world_size} x {env.device.type}, "
-              f"{env.dtype or torch.float32}\n{json.dumps(config)}")
-
-    network = model
-    if env.world_size > 1:
-        network = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[env.local_rank] if env.device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    if args.compile:
-        network = torch.compile(network)
+              f"{env.dtype or torch.float32}")
+        make_out(args, config)
+    network = wrap(model, args, env)
     batches = data.Batches(len(source), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
                            env.world_size)
     stream = iter(make_loader(samples, batches, args, env)) if step < total_steps else None
@@ -426,10 +452,7 @@ def main(args: argparse.Namespace) -> None:
     def save_checkpoint() -> None:
         """Rank 0 writes; all must call. Weights that are not finite are never saved over good ones."""
         reduced = total(sums, env)
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        if not norms.isfinite().all():
-            fail(f"weights are not finite after step {step} (lr {lr:.2e}); {checkpoint_path} was left as it was. "
-                 "A lower --base_lr, more --warmup_epochs or --amp bf16 may help", code=1)
+        check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         if env.is_main:
             save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
                       steps_per_epoch=steps_per_epoch, sums=reduced.cpu(), log=log, config=config), checkpoint_path)
@@ -472,18 +495,17 @@ def main(args: argparse.Namespace) -> None:
             if step == 1 or step % args.log_every == 0:
                 pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
                 if step > 1 and total(recent, env).item() == 0:
-                    fail(f"the loss has not been finite in the last {args.log_every} steps, up to step {step}: pixel_loss "
-                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as it was. "
-                         "A lower --base_lr, more --warmup_epochs or --amp bf16 may help", code=1)
+                    fail(f"no finite loss in the last {args.log_every} steps, up to step {step}: pixel_loss {row[0].item()}, "
+                         f"feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as it was. {CURE}", code=1)
                 recent.zero_()
                 check_broken(broken_count, samples, named)
-                bar.set_postfix_str(f"pixel_loss {pixel_loss / max(finite, 1):.4f} feature_loss {feature_loss / max(finite, 1):.4f} "
-                                    f"lr {lr:.2e}")
+                steps = max(finite, 1)
+                bar.set_postfix_str(f"pixel {pixel_loss / steps:.4f} feature {feature_loss / steps:.4f} lr {lr:.1e}")
             if stop.agreed():
                 bar.close()
                 save_checkpoint()
-                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}; {checkpoint_path} is saved, the same "
-                     "command goes on from there", code=128 + stop.signal)
+                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}, which {checkpoint_path} holds; the "
+                     "same command goes on from there", code=128 + stop.signal)
 
         # ---- end of an epoch
         pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
@@ -512,6 +534,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(args)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of GPU memory ({str(error).splitlines()[0]}): --accum_steps {2 * args.accum_steps} halves what a step "
-             "needs", code=1, rank_zero=False)
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: --accum_steps {2 * args.accum_steps} halves the images held at a time", 1, rank_zero=False)
