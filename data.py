@@ -39,7 +39,7 @@ class ImageFolder:
         self.classes = classes or sorted({top for top in tops if top is not None})
         unknown = {top for top in tops if top is not None} - set(self.classes)
         if unknown:
-            raise ValueError(f"{self.root!r} has class folders that the training set lacks: {' '.join(sorted(unknown)[:5])}")
+            raise ValueError(f"{self.root!r} has classes that the training set lacks: {' '.join(sorted(unknown)[:5])}")
         number = {name: label for label, name in enumerate(self.classes)} | {None: -1}
         self.labels = np.array([number[top] for top in tops])
 
@@ -134,8 +134,8 @@ class Shapes:
     """Images of one big shape each: a drawn dataset with nothing to download.
 
     Image i is drawn from the number start + i alone, so equal numbers give equal images, and ranges of numbers that do
-    not overlap make separate training and test sets. The class is the shape; colours, place, size and rotation say nothing
-    about it.
+    not overlap make separate training and test sets. The class is the shape; colours, place, size and rotation say
+    nothing about it.
 
     The rest of an image can be told from a part of it, since that is what pretraining asks: there is no noise, no small
     detail, no flat colour (a patch without slope, once normalised, is nothing but rounding error), a shape is lighter
@@ -207,8 +207,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]) -> Image.Image:
     """Crop `box` (left, top, right, bottom) and resize it to `size` (side, or width and height), bicubic; returns RGB.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way, which is
-    faster and hardly differs. An EXIF rotation is applied last, where it is cheapest, so `box` is in the file's frame.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way, which
+    is faster and hardly differs. An EXIF rotation comes last, where it is cheapest, so `box` is in the file's frame.
     """
     width, height = (size, size) if isinstance(size, int) else size
     orientation = image.getexif().get(0x0112, 1)
@@ -244,7 +244,7 @@ def random_resized_crop(
 
 
 def center_crop(image: Image.Image, size: int, ratio: float = 0.875) -> Image.Image:
-    """The evaluation view: short side to size / ratio (256 for 224), then the middle (size, size); done as one resize."""
+    """The evaluation view: short side to size / ratio (256 for 224), then the middle (size, size), as one resize."""
     side = min(image.size) * size / round(size / ratio)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return crop_resize(image, (left, top, left + side, top + side), size)
@@ -421,7 +421,7 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key: int) -> tuple:
         epoch, wanted = divmod(key, len(self))
         index, broken = wanted, -1
-        for attempt in range(10):
+        for _ in range(10):
             rng = random.Random(f"{self.seed} {epoch} {index}")
             try:
                 return *self.transform(self.source.open(index), rng), self.source.labels[index], broken

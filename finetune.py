@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+from model import SIZES, ViT, from_official, patchify, resize_positions, standardize
 
 # What the two loops share stands in train.py, where pretraining uses it first.
 from train import (
@@ -47,13 +48,15 @@ from train import (
     make_out,
     name_broken,
     read_checkpoint,
+    run,
     save,
+    save_log,
+    save_picture,
     setup,
     start_processes,
     total,
     wrap,
 )
-from model import SIZES, ViT, from_official, patch_grid, patchify, resize_positions, standardize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipes: each value can be overridden by the flag of the same name.
@@ -100,7 +103,8 @@ HELP = dict(
     drop_path="chance to skip a branch, in the last block", mixup="alpha of mixup (0: off)",
     cutmix="alpha of CutMix (0: off)", smoothing="label smoothing", rand_augment="magnitude (0: off)",
     erasing="probability of random erasing", crop_scale="area of a random crop",
-    crop_ratio="evaluation: the centre crop's share of the short side", model_ema="momentum of the averaged model (0: none)",
+    crop_ratio="evaluation: the centre crop's share of the short side",
+    model_ema="momentum of the averaged model (0: none)",
     labels_per_class="use only so many training images of each class (0: all)",
 )
 FIXED = ("model", "img_size", "patch_size", "depth", "linear", "labels_per_class")  # what a resumed run may not change
@@ -114,8 +118,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", action="store_true", help="--init: take the teacher's weights, not the student's")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--scratch", action="store_true", help="random weights instead of --init")
-    parser.add_argument("--linear", action="store_true", help="linear probe: train a linear layer on the frozen encoder")
-    parser.add_argument("--knn", action="store_true", help="classify by nearest neighbours in feature space; no training")
+    parser.add_argument("--linear", action="store_true", help="train a linear layer on the frozen encoder")
+    parser.add_argument("--knn", action="store_true", help="classify by nearest neighbours; no training")
     parser.add_argument("--neighbours", type=int, default=20, help="--knn: how many")
     parser.add_argument("--eval", action="store_true", help="only evaluate the classifier in --init")
     parser.add_argument("--eval_every", type=int, default=1, help="epochs between evaluations")
@@ -130,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.init and not args.scratch:
         args.init = os.path.join("output", args.recipe, "encoder.pt")
         if not os.path.exists(args.init):
-            fail(f"--init: there is no {args.init}; run train.py first, name a file, or take --scratch for random weights")
+            fail(f"--init: there is no {args.init}; run train.py, name a file, or take --scratch for random weights")
     if args.eval and args.scratch:
         fail("--eval --scratch: random weights have nothing to evaluate; give --init FILE")
     args.out = args.out or os.path.join("output", f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}")
@@ -181,7 +185,7 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
 
 
 def fill(model: ViT, state: dict[str, Tensor], path: str) -> str:
-    """Copy into `model` what fits; returns a line saying what was loaded, left out and new. Exits if blocks are missing."""
+    """Copy what fits into `model`; returns a line on what was loaded, left out and new. Exits if a block is missing."""
     own = model.state_dict()
     state = dict(state)
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
@@ -214,8 +218,8 @@ def get_data(args: argparse.Namespace):
         val = data.ImageFolder(os.path.join(args.data, held_out), train.classes)
         for source in train, val:
             if min(source.labels) < 0:
-                raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class folder; classification needs "
-                                 "train/CLASS/ and val/CLASS/")
+                raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class folder; classification "
+                                 "needs train/CLASS/ and val/CLASS/")
     else:  # validation images have numbers that pretraining never sees
         train = data.Shapes(args.labels_per_class * len(data.SHAPES) or 2400, args.img_size)
         val = data.Shapes(args.num_val, args.img_size, start=1_000_000 - 1_000_000 % len(data.SHAPES))
@@ -333,7 +337,8 @@ def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]
 def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNamespace) -> tuple[Tensor, Tensor]:
     """Features (n, D) and labels (n,) of every image, on every process."""
     features, labels = [], []
-    for images, batch_labels, _ in tqdm(eval_loader(source, args, env), disable=None if env.is_main else True, leave=False):
+    loader = eval_loader(source, args, env)
+    for images, batch_labels, _ in tqdm(loader, disable=None if env.is_main else True, leave=False):
         with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
             features.append(model(to_device(images, env)))
         labels.append(batch_labels)
@@ -345,7 +350,9 @@ def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNames
     return torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
 
 
-def knn(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int) -> dict[str, float]:
+def knn(
+    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int
+) -> dict[str, float]:
     """Top-1 and top-5 of a vote of the k nearest training images by cosine, weighted by exp(cosine / 0.07).
 
     Features (n, D) are first standardised by the training images' mean and deviation, as the probe's BatchNorm does.
@@ -379,11 +386,12 @@ def draw_predictions(model: nn.Module, source, args: argparse.Namespace, env: Si
         x, y = place % 8 * (side + 8) + 4, place // 8 * (side + 32) + 4
         truth, colour = source.labels[index], "green" if answer == source.labels[index] else "red"
         draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill=colour)
-        picture.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+        picture.paste(tile, (x, y))
         draw.text((x, y + side + 3), f"{source.classes[answer][:12]} {100 * chance:.0f} %", fill=colour)
         if answer != truth:
             draw.text((x, y + side + 14), f"is {source.classes[truth][:14]}", fill="black")
-    picture.save(path)
+    save_picture(picture, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,7 +442,9 @@ def main(args: argparse.Namespace) -> None:
         classify = args.mode in ("finetune", "eval")
         model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=num_classes if classify else 0,
                     drop_path=args.drop_path)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"--data: can't read {error.filename}: {error.strerror}")
+    except ValueError as error:
         fail(str(error))
     if state is not None:
         line = fill(model, state, args.init)
@@ -448,11 +458,10 @@ def main(args: argparse.Namespace) -> None:
             result = evaluate(model.to(env.device), eval_loader(val, args, env), env)
         else:
             model = Features(model, depth).eval().to(env.device)
-            result = knn(*extract(model, train, args, env), *extract(model, val, args, env), num_classes, args.neighbours)
+            known, asked = extract(model, train, args, env), extract(model, val, args, env)
+            result = knn(*known, *asked, num_classes, args.neighbours)
         if env.is_main:
             print(json.dumps(dict(images=len(val), **result)))
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return
 
     # ---- data, model and optimizer
@@ -508,9 +517,11 @@ def main(args: argparse.Namespace) -> None:
         reduced = total(sums, env)
         check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         if env.is_main:
-            save(dict(model=model.state_dict(), ema=ema and ema.state_dict(), optimizer=optimizer.state_dict(),
-                      scaler=scaler.state_dict(), step=step, steps_per_epoch=steps_per_epoch, sums=reduced.cpu(), log=log,
-                      best=best, config=config), checkpoint_path)
+            save(dict(
+                model=model.state_dict(), ema=ema and ema.state_dict(), optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(), step=step, steps_per_epoch=steps_per_epoch, sums=reduced.cpu(), log=log,
+                best=best, config=config,
+            ), checkpoint_path)
 
     # ---- training
     model.train()
@@ -557,23 +568,24 @@ def main(args: argparse.Namespace) -> None:
             if step % args.log_every == 0:
                 mean_loss, finite, broken_count = total(sums, env).tolist()
                 if total(recent, env).item() == 0:
-                    fail(f"no finite loss in the last {args.log_every} steps, up to step {step}: loss {row[0].item()}, lr "
-                         f"{lr:.2e}; {checkpoint_path} was left as it was. {CURE}", code=1)
+                    fail(f"no finite loss in the last {args.log_every} steps, up to step {step}: loss {row[0].item()}, "
+                         f"lr {lr:.2e}; {checkpoint_path} was left as it was. {CURE}", code=1)
                 recent.zero_()
                 check_broken(broken_count, samples, named)
                 bar.set_postfix_str(f"loss {mean_loss / max(finite, 1):.4f} lr {lr:.1e}")
             if stop.agreed():
                 bar.close()
                 save_checkpoint()
-                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}, which {checkpoint_path} holds; the "
-                     "same command goes on from there", code=128 + stop.signal)
+                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}; {checkpoint_path} holds it, "
+                     "the same command goes on", code=128 + stop.signal)
 
         # ---- end of an epoch
         mean_loss, finite, broken_count = total(sums, env).tolist()
         check_broken(broken_count, samples, named)
         speed = (step - began_step) * args.batch_size / (time.time() - began)
         bar.close()
-        line = dict(epoch=epoch + 1, loss=mean_loss / max(finite, 1), lr=lr, images_per_s=speed, broken=int(broken_count))
+        line = dict(epoch=epoch + 1, loss=mean_loss / max(finite, 1), lr=lr, images_per_s=speed,
+                    broken=int(broken_count))
         finished = step == total_steps
         if finished or (epoch + 1) % args.eval_every == 0:
             average_statistics(model, env)
@@ -591,17 +603,11 @@ def main(args: argparse.Namespace) -> None:
         if finished or (epoch + 1) % args.save_every == 0:
             save_checkpoint()
         if env.is_main:
-            save("".join(json.dumps(line) + "\n" for line in log), os.path.join(args.out, "log.jsonl"))
+            save_log(log, args.out)
             print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
     if env.is_main:
         print(f"best top-1 {best:.2f} %; {args.out} holds best.pt, checkpoint.pt, log.jsonl and predictions.png")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: --accum_steps {2 * args.accum_steps} halves the images held at a time", 1, rank_zero=False)
+    run(main, parse_args())

@@ -88,7 +88,8 @@ def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     visible one 0. Takes bool (B, rows * columns), returns float32 of that shape. Raises ValueError on another shape.
     """
     if mask.ndim != 2 or mask.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; a {grid[0]} x {grid[1]} grid needs (B, {grid[0] * grid[1]})")
+        needed = f"a {grid[0]} x {grid[1]} grid needs (B, {grid[0] * grid[1]})"
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; {needed}")
     m = mask.float().unflatten(1, grid)                                   # (B, rows, columns)
     around = F.avg_pool2d(m[:, None], 3, stride=1, padding=1)[:, 0]       # (B, rows, columns), the padding counts
     return (m * around + m).flatten(1)                                    # (B, N)

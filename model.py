@@ -25,7 +25,7 @@ SIZES = {  # name: keyword arguments of ViT and BootMAE
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of `img_size` (a side, or height and width). ValueError if it has a rest."""
+    """Rows and columns of patches for `img_size` (a side, or height and width). ValueError if that leaves a rest."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         raise ValueError(f"image size {height} x {width} is not divisible by patch_size {patch_size}")
@@ -225,7 +225,11 @@ class ViT(nn.Module):
             self.head.weight.data.mul_(0.001)
 
     def encode(
-        self, patches: Tensor, keep: Tensor | None = None, taps: tuple[int, ...] = (), grid: tuple[int, int] | None = None
+        self,
+        patches: Tensor,
+        keep: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks over patches (B, N, C*p*p), or over only those numbered in keep (B, V) int64.
 
@@ -250,8 +254,8 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or without a head to the mean patch token (B, D)."""
         if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            sides = [side * self.patch_size for side in self.grid]
-            raise ValueError(f"images are {tuple(images.shape[2:])}; this ViT takes {tuple(sides)}: build it with img_size=")
+            sides = tuple(side * self.patch_size for side in self.grid)
+            raise ValueError(f"images are {tuple(images.shape[2:])}; this ViT takes {sides}: build it with img_size=")
         x, _ = self.encode(patchify(images, self.patch_size))                         # (B, 1+N, D)
         return self.head(self.fc_norm(self.norm(x)[:, 1:].mean(dim=1)))
 
@@ -278,7 +282,14 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, grid: tuple[int, int], in_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, context_dim: int | None
+        self,
+        grid: tuple[int, int],
+        in_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        out_dim: int,
+        context_dim: int | None,
     ):
         super().__init__()
         self.embed = nn.Linear(in_dim, dim)
@@ -291,7 +302,7 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
-        """latent (B, 1+V, D), context likewise, masked (B, M) patch numbers -> tokens (B, N, d), the M masked ones last.
+        """latent (B, 1+V, D), context likewise, masked (B, M) patch numbers -> tokens (B, N, d), the masked ones last.
 
         Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
         """
@@ -397,7 +408,7 @@ class BootMAE(nn.Module):
 
         # Encoder: sees the visible patches alone. Two taps lead to the decoders.
         last, tapped = self.encoder.encode(patches, visible, taps=self.inject)                # (B, 1+V, D)
-        shallow, deep = (tapped.get(number) for number in self.inject)                        # (B, 1+V, D) each, or None
+        shallow, deep = (tapped.get(number) for number in self.inject)                        # (B, 1+V, D) or None
         latent = self.encoder.norm(last)                                                      # (B, 1+V, D)
 
         # Pixel regressor: the low-level target, with shallow features injected.
@@ -431,14 +442,14 @@ class BootMAE(nn.Module):
         """Numbers of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
         shape = (len(images), self.grid[0] * self.grid[1])
         if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            sides = [side * self.patch_size for side in self.grid]
-            raise ValueError(f"images are {tuple(images.shape[2:])}; this model was built for {tuple(sides)}")
+            sides = tuple(side * self.patch_size for side in self.grid)
+            raise ValueError(f"images are {tuple(images.shape[2:])}; this model was built for {sides}")
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool {shape}, True = masked")
         low, high = torch.stack(mask.sum(dim=1).aminmax()).tolist()
         if low != high or not 0 < low < shape[1]:
-            raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; each must hide the same number, "
-                             f"1 to {shape[1] - 1}")
+            raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; each must hide the same "
+                             f"number, 1 to {shape[1] - 1}")
         order = mask.byte().argsort(dim=1, stable=True).to(images.device, non_blocking=True)   # (B, N), visible first
         return order[:, :-low], order[:, -low:]
 

@@ -2,13 +2,16 @@
 
     python -m pytest -q
 """
-import copy
+import argparse
 import json
 import math
 import os
-import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ import torch
 from PIL import Image
 
 import data
+import finetune
+import train
 from masking import block_mask, loss_weight, random_mask
 from model import (
     SIZES,
@@ -105,7 +110,8 @@ def naive_patches(image, p):
     patches = []
     for top in range(0, image.shape[1], p):
         for left in range(0, image.shape[2], p):
-            patches.append(torch.stack([image[ch, top + y, left + x] for ch in range(3) for y in range(p) for x in range(p)]))
+            places = [(ch, top + y, left + x) for ch in range(3) for y in range(p) for x in range(p)]
+            patches.append(torch.stack([image[place] for place in places]))
     return patches
 
 
@@ -173,7 +179,8 @@ def naive_bootmae(w, images, mask, p, grid, heads, depth, decoder_depth, inject=
         shallow, deep = (None if tap == 0 else outputs[tap - 1 if tap > 0 else tap] for tap in inject)
         weight = naive_weight([float(m) for m in row], *grid) if weighted else [float(m) for m in row]
         pixels = naive_decoder(w, "regressor.", latent, shallow, visible, grid, heads, decoder_depth)
-        pixel_errors += [(weight[n] * (pixels[n] - naive_normalize(patches[n], p)) ** 2).mean() for n in range(len(row))]
+        pixel_errors += [(weight[n] * (pixels[n] - naive_normalize(patches[n], p)) ** 2).mean()
+                         for n in range(len(row))]
         all_pixels.append(torch.stack(pixels))
         if feature_target:
             features = naive_decoder(w, "predictor.", latent, deep, visible, grid, heads, decoder_depth)
@@ -205,8 +212,8 @@ def small_model(seed=0, **changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"inject": (0, 0)}, {"inject": (2, 1)}, {"inject": (-1, -1)}, {"feature_target": False}, {"weighted_loss": False},
-    {"inject": (0, 0), "feature_target": False}, {"decoder_depth": 1},
+    {}, {"inject": (0, 0)}, {"inject": (2, 1)}, {"inject": (-1, -1)}, {"feature_target": False},
+    {"weighted_loss": False}, {"inject": (0, 0), "feature_target": False}, {"decoder_depth": 1},
 ], ids=str)
 def test_forward_matches_the_definition(changes):
     model, images, mask = small_model(**changes)
@@ -308,7 +315,8 @@ def test_visible_patches_do_not_count_in_the_losses():
     model, images, mask = small_model()
     for decoder, loss in ("regressor", "pixel_loss"), ("predictor", "feature_loss"):
         seen = []
-        handle = getattr(model, decoder).norm.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+        layer = getattr(model, decoder).norm
+        handle = layer.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
         out = model(images, mask)
         handle.remove()
         assert [tokens.shape[1] for tokens in seen] == [4]  # M, in training nothing else is predicted
@@ -450,7 +458,8 @@ def official_checkpoint(dim=48, depth=2, heads=6, width=32, p=4, grid=(3, 3), se
         inner = width // heads * heads
         weights = {"qkv.weight": rand(3 * inner, width)} if context is None else {
             "q.weight": rand(inner, width), "kv.weight": rand(2 * inner, context)}
-        weights |= {"q_bias": rand(inner), "v_bias": rand(inner), "proj.weight": rand(width, inner), "proj.bias": rand(width)}
+        weights |= {"q_bias": rand(inner), "v_bias": rand(inner)}
+        weights |= {"proj.weight": rand(width, inner), "proj.bias": rand(width)}
         return {prefix + name: value for name, value in weights.items()}
 
     def block(prefix, width, context=None):
@@ -467,12 +476,14 @@ def official_checkpoint(dim=48, depth=2, heads=6, width=32, p=4, grid=(3, 3), se
     def table(width):
         return torch.cat([torch.zeros(1, width, dtype=torch.float64), naive_positions(width, *grid)])[None]
 
-    theirs = {"patch_embed.proj.weight": rand(dim, 3, p, p), "patch_embed.proj.bias": rand(dim), "cls_token": rand(1, 1, dim),
-              "pos_embed": table(dim), "de_pos_embed": table(width), "norm.weight": 1 + rand(dim), "norm.bias": rand(dim)}
+    theirs = {"patch_embed.proj.weight": rand(dim, 3, p, p), "patch_embed.proj.bias": rand(dim),
+              "cls_token": rand(1, 1, dim), "pos_embed": table(dim), "de_pos_embed": table(width),
+              "norm.weight": 1 + rand(dim), "norm.bias": rand(dim)}
     for i in range(depth):
         theirs |= block(f"blocks.{i}.", dim)
     for suffix, d in ("", width), ("_1", dim):
-        theirs |= {f"down{suffix}.weight": rand(d, dim), f"down{suffix}.bias": rand(d), f"mask_token{suffix}": rand(1, 1, d),
+        theirs |= {f"down{suffix}.weight": rand(d, dim), f"down{suffix}.bias": rand(d),
+                   f"mask_token{suffix}": rand(1, 1, d),
                    f"decode_norm{suffix}.weight": 1 + rand(d), f"decode_norm{suffix}.bias": rand(d)}
         for i in range(2):
             theirs |= block(f"decode_blocks{suffix}.{i}.", d, dim)
@@ -491,8 +502,8 @@ def as_theirs_says(theirs, average, images, mask, heads, p, grid, depth=2):
         for ours, name in ("embed.", "down"), ("norm.", "decode_norm"), ("blocks.", "decode_blocks"):
             for key, value in theirs.items():
                 if key.startswith(f"{name}{suffix}."):
-                    key = key.removeprefix(f"{name}{suffix}.").replace("norm3", "norm_query").replace("norm4", "norm_context")
-                    w[prefix + ours + key.replace("c_attn", "cross_attn")] = value
+                    key = key.removeprefix(f"{name}{suffix}.").replace("c_attn", "cross_attn")
+                    w[prefix + ours + key.replace("norm3", "norm_query").replace("norm4", "norm_context")] = value
         w[prefix + "mask_token"] = theirs["mask_token" + suffix]
     for key in [key for key in w if key.endswith("q_bias")]:
         stem, q, v = key.removesuffix("q_bias"), w[key], w[key.replace("q_bias", "v_bias")]
@@ -551,7 +562,8 @@ def test_masks_have_exact_counts(grid):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         for num_masked in {0, 1, num_patches // 2, round(0.75 * num_patches), num_patches - 1, num_patches}:
-            for mask in (random_mask(8, num_patches, num_masked, generator), block_mask(8, grid, num_masked, generator)):
+            masks = random_mask(8, num_patches, num_masked, generator), block_mask(8, grid, num_masked, generator)
+            for mask in masks:
                 assert mask.dtype == torch.bool and mask.shape == (8, num_patches)
                 assert all(sum(row) == num_masked for row in mask.tolist())
 
@@ -609,3 +621,532 @@ def test_loss_weight(grid):
         expected = naive_weight([float(m) for m in mask[b]], *grid)
         torch.testing.assert_close(weight[b], torch.tensor(expected), rtol=0, atol=1e-6)
     assert weight[~mask].abs().max() == 0 and weight[mask].min() >= 1 + 1 / 9 - 1e-6 and weight.max() <= 2 + 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py
+
+# 6 steps an epoch of a network that a laptop runs in a blink
+TINY = "--img_size 32 --batch_size 8 --epochs 3 --workers 0 --log_every 2 --decoder_depth 1 --warmup_epochs 1".split()
+TRAIN = ["train.py", "--num_images", "48", *TINY]
+
+
+def launch(*command, processes=1, **kwargs):
+    """Start a script as a user would; output comes back as text."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return subprocess.Popen([*launcher, *map(str, command)], cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return out, err
+
+
+def call(module, *flags):
+    """The same inside this process: fast, and the only way to damage something at the right moment."""
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        module.main(module.parse_args([str(flag) for flag in flags]))
+    finally:
+        signal.signal(signal.SIGTERM, handlers[0])
+        signal.signal(signal.SIGINT, handlers[1])
+
+
+def refused(capsys, module, *flags, code=2):
+    """The call ends with this code and one line; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(module, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == code and len(lines) == 1, lines
+    return lines[0]
+
+
+def result(out):
+    """Everything that a run leaves, less how fast it was and the flags that may differ."""
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(log) == len(checkpoint["log"])
+    for line in log:
+        assert line.pop("images_per_s") > 0
+    return {key: checkpoint[key] for key in ("model", "optimizer", "step")}, log
+
+
+def assert_same(a, b, **tolerance):
+    """Nested dicts, lists and tensors: equal to the bit, or within a tolerance."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], **tolerance)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y, **tolerance)
+    elif tolerance and isinstance(a, float | torch.Tensor):
+        torch.testing.assert_close(a, b, **tolerance)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("unbroken")
+    finish(launch(*TRAIN, "--out", out))
+    return out
+
+
+def test_a_run_writes_what_it_promises(unbroken):
+    _, log = result(unbroken)
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    assert {"pixel_loss", "feature_loss", "lr", "momentum"} <= log[0].keys()
+    assert log[2]["pixel_loss"] < log[0]["pixel_loss"]
+    assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
+    encoder = torch.load(unbroken / "encoder.pt", weights_only=True)
+    ViT(img_size=32, patch_size=8, **SIZES["nano"]).load_state_dict(encoder, strict=True)
+    with Image.open(unbroken / "epoch_0003.png") as picture:  # a row an image, 4 columns of 32 pixels shown at 4x
+        assert picture.size == (4 * 34 * 4, 8 * 34 * 4 + 16)
+
+
+def test_schedules():
+    args = train.parse_args(["--recipe", "imagenet"])
+    steps = 312 * 800  # 1,281,167 images in batches of 4096, 800 epochs
+    for epoch in (0, 1, 20, 39, 40, 77, 100, 199, 200, 399, 400, 799):
+        lr, feature_weight, momentum = train.schedules(epoch * 312 / steps, epoch, args)
+        cosine = 1e-4 + (2.4e-3 - 1e-4) * (1 + math.cos(math.pi * (epoch - 40) / 760)) / 2
+        expected = 2.4e-3 * epoch / 40 if epoch < 40 else cosine
+        assert math.isclose(lr, expected, abs_tol=1e-12)
+        assert math.isclose(feature_weight, min(1, 4 * (epoch + 1) / 800))
+        if epoch <= 100:
+            assert math.isclose(momentum, 0.999 + 0.0009 * epoch / 100)
+        else:
+            assert math.isclose(momentum, 0.9999 + 0.00009 * min(1, (epoch - 100) / 300))
+    assert train.parse_args(["--recipe", "imagenet_large"]).momentum[2] == 0.9999
+
+
+def test_weight_decay_spares_biases_norms_and_cls_token():
+    decayed, plain = train.decay_groups(BootMAE(**SMALL), 0.05)
+    assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    model = BootMAE(**SMALL)
+    groups = train.decay_groups(model, 0.05)
+    for name, p in model.named_parameters():
+        spared = "bias" in name or "norm" in name or "cls_token" in name
+        home = None if name.startswith("teacher") else int(spared)
+        assert [i for i in (0, 1) if any(p is q for q in groups[i]["params"])] == ([] if home is None else [home])
+
+
+@pytest.mark.parametrize("flags, processes", [
+    (["--workers", 2], 1), (["--accum_steps", 4], 1), ([], 2), (["--accum_steps", 2, "--workers", 1], 2)], ids=str)
+def test_workers_accumulation_and_processes_change_nothing(unbroken, tmp_path, flags, processes):
+    finish(launch(*TRAIN, "--out", tmp_path, *flags, processes=processes))
+    state, log = result(tmp_path)
+    expected, expected_log = result(unbroken)
+    if processes == 1 and "--accum_steps" not in flags:
+        assert_same((state, log), (expected, expected_log))
+    else:
+        assert_same(log, expected_log, rtol=1e-5, atol=1e-6)
+        assert_same(state["model"], expected["model"], rtol=1e-2, atol=1e-3)
+
+
+def wait_for(path, lines, process):
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(unbroken, tmp_path):
+    process = launch(*TRAIN, "--out", tmp_path)
+    wait_for(tmp_path / "log.jsonl", 1, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    out, _ = finish(launch(*TRAIN, "--out", tmp_path, "--workers", 1))
+    assert "going on from" in out
+    assert_same(result(tmp_path), result(unbroken))
+
+
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=str)
+def test_a_signal_saves_and_ends_all_processes(unbroken, tmp_path, number, processes):
+    process = launch(*TRAIN, "--out", tmp_path, processes=processes, start_new_session=True)
+    wait_for(tmp_path / "log.jsonl", 1, process)
+    os.killpg(process.pid, number) if processes == 1 else process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert f"stopped by {number.name}" in err
+    assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 6 <= step < 18
+    finish(launch(*TRAIN, "--out", tmp_path, processes=processes))
+    if processes == 1:
+        assert_same(result(tmp_path), result(unbroken))
+    else:
+        assert_same(result(tmp_path)[1], result(unbroken)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    """A copy of the finished run, to be harmed."""
+    out = tmp_path / "run"
+    shutil.copytree(unbroken, out)
+    return out
+
+
+def test_a_finished_run_stays_finished(finished, capsys):
+    before = (finished / "checkpoint.pt").read_bytes()
+    call(train, *TRAIN[1:], "--out", finished)
+    assert "finished" in capsys.readouterr().out and (finished / "checkpoint.pt").read_bytes() == before
+    call(train, *TRAIN[1:], "--out", finished, "--fresh", "--epochs", 1)
+    assert torch.load(finished / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished, capsys):
+    line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--decoder_dim", 32, "--inject", 0, 0)
+    assert "--decoder_dim 64" in line and "--inject (1, -1)" in line
+    assert "6 steps an epoch" in refused(capsys, train, *TRAIN[1:], "--out", finished, "--batch_size", 16)
+
+
+@pytest.mark.parametrize("damage", ["cut", "zero", "noise", "code"])
+def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, damage):
+    path, flag = finished / "checkpoint.pt", finished / "it_ran"
+    if damage == "code":
+        class Hostile:
+            def __reduce__(self):
+                return os.mkdir, (str(flag),)
+        torch.save({"model": Hostile()}, path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[: len(whole) // 2], "zero": b"", "noise": os.urandom(1000)}[damage])
+    before = path.read_bytes()
+    assert str(path) in refused(capsys, train, *TRAIN[1:], "--out", finished)
+    assert path.read_bytes() == before and not flag.exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys):
+    """A limit on the size of files stands for the full disk."""
+    before = (finished / "checkpoint.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+    try:
+        line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--epochs", 4, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "could not save" in line and (finished / "checkpoint.pt").read_bytes() == before
+    assert not list(finished.glob("*.tmp"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(finished, capsys):
+    before = (finished / "checkpoint.pt").read_bytes()
+    line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--epochs", 6, "--base_lr", 1e30, code=1)
+    assert "finite" in line and "lr" in line and (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_broken_images_are_named_and_replaced(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shapes = data.Shapes(120, 40)
+    for index in range(120):
+        shapes.open(index).save(folder / f"{index:03}.png")
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:300])
+    flags = ["--data", folder, "--recipe", "shapes", *TINY, "--num_images", 0, "--batch_size", 40, "--epochs", 2]
+    call(train, *flags, "--out", tmp_path / "a")
+    err = capsys.readouterr().err
+    assert err.count("007.png") == 1
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["broken"] for line in log] == [1, 1]
+    (folder / "011.png").write_text("not an image")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(train, *flags, "--out", tmp_path / "b")
+    assert ended.value.code == 1 and "2 of 120 images can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--recipe", "nothing"], "--recipe"),
+    (["--epochs", "many"], "--epochs"),
+    (["--nonsense"], "--nonsense"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--data", ".ci"], "no images found"),
+    (["--img_size", 30], "divisible by patch_size 8"),
+    (["--decoder_dim", 30], "30 is not divisible by 4"),
+    (["--model", "huge"], "--model huge"),
+    (["--mask", "stripes"], "--mask stripes"),
+    (["--mask_ratio", 1.5], "--mask_ratio 1.5"),
+    (["--mask_ratio", 0], "--mask_ratio 0"),
+    (["--inject", 1, 9], "1 to 4"),
+    (["--accum_steps", 3], "--accum_steps 3"),
+    (["--batch_size", 0], "--batch_size 0"),
+    (["--batch_size", 64], "--batch_size 64"),
+    (["--out", "/proc/nothing"], "--out /proc/nothing"),
+    pytest.param(["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="")),
+], ids=str)
+def test_bad_calls(tmp_path, capsys, flags, words):
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    assert words in refused(capsys, train, *TRAIN[1:], *out, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(tmp_path, amp):
+    call(train, *TRAIN[1:], "--out", tmp_path, "--amp", amp, "--epochs", 2, "--num_images", 24)
+    _, log = result(tmp_path)
+    assert log[1]["pixel_loss"] < log[0]["pixel_loss"]
+    assert all(p.dtype == torch.float32 for p in torch.load(tmp_path / "encoder.pt", weights_only=True).values())
+
+
+def test_compiled_forward_is_the_same():
+    model, images, mask = small_model()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        a, b = model(images, mask), compiled(images, mask)
+        torch.testing.assert_close((a.pixel_loss, a.feature_loss), (b.pixel_loss, b.feature_loss))
+        torch.testing.assert_close(a.pixels, b.pixels)
+    grads = []
+    for network in (model, compiled):
+        model.zero_grad()
+        out = network(images, mask)
+        (out.pixel_loss + out.feature_loss).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*grads)
+
+
+def test_help_answers_before_torch_is_imported():
+    code = """if True:
+        import runpy, sys
+        sys.argv = ["train.py", "--help"]
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        except SystemExit:
+            print("torch" in sys.modules)"""
+    out, _ = finish(launch("-c", code))
+    assert out.strip().endswith("False") and "--mask_ratio" in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# finetune.py
+
+TUNE = [*TINY[:-2], "--warmup_epochs", "1", "--labels_per_class", "4", "--num_val", "60"]
+TUNE = [flag for i, flag in enumerate(TUNE) if "--decoder_depth" not in TUNE[max(i - 1, 0) : i + 1]]
+
+
+def small_vit(**changes):
+    torch.manual_seed(0)
+    return ViT(**dict(img_size=32, patch_size=8, **SIZES["nano"]) | changes)
+
+
+def test_layer_wise_learning_rates():
+    model = small_vit(num_classes=3)
+    groups = finetune.layer_groups(model, 0.05, 0.6)
+    for name, p in model.named_parameters():
+        layer = 0 if name.startswith(("cls", "patch")) else 5
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
+        group, = [g for g in groups if any(p is q for q in g["params"])]
+        assert math.isclose(group["lr_scale"], 0.6 ** (5 - layer))
+        assert group["weight_decay"] == (0 if "bias" in name or "norm" in name or "cls" in name else 0.05)
+
+
+def test_published_recipes():
+    args = finetune.parse_args(["--scratch", "--recipe", "imagenet"])
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.layer_decay) == (100, 20, 2048, 5e-3, 0.6)
+    args = finetune.parse_args(["--scratch", "--recipe", "imagenet_large"])
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.layer_decay) == (50, 5, 1024, 1.5e-3, 0.75)
+    assert (args.drop_path, args.mixup, args.cutmix, args.smoothing, args.rand_augment) == (0.1, 0.8, 1.0, 0.1, 9)
+    assert (args.erasing, args.model_ema) == (0.25, 0.9998)
+    args = finetune.parse_args(["--scratch", "--recipe", "imagenet_large", "--linear"])
+    assert (args.depth, args.epochs, args.base_lr, args.batch_size, args.warmup_epochs) == (18, 50, 0.07, 16384, 10)
+
+
+def test_lars():
+    torch.manual_seed(0)
+    weight, bias = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3))
+    optimizer = finetune.LARS([weight, bias], lr=0.5)
+    w, b, mu_w, mu_b = weight.detach().clone(), bias.detach().clone(), torch.zeros(3, 4), torch.zeros(3)
+    for _ in range(3):
+        weight.grad, bias.grad = torch.randn(3, 4), torch.randn(3)
+        scaled = weight.grad * 0.001 * math.sqrt((w ** 2).sum()) / math.sqrt((weight.grad ** 2).sum())
+        mu_w, mu_b = 0.9 * mu_w + scaled, 0.9 * mu_b + bias.grad
+        w, b = w - 0.5 * mu_w, b - 0.5 * mu_b
+        optimizer.step()
+        torch.testing.assert_close((weight.data, bias.data), (w, b))
+
+
+def test_knn():
+    g = torch.Generator().manual_seed(0)
+    train_x, val_x = torch.randn(40, 6, generator=g), torch.randn(25, 6, generator=g)
+    train_y, val_y = torch.randint(7, (40,), generator=g), torch.randint(7, (25,), generator=g)
+    mean, std = train_x.mean(0), train_x.std(0)
+    right1 = right5 = 0
+    for x, y in zip(val_x, val_y):
+        x, known = (x - mean) / std, (train_x - mean) / std
+        cosines = sorted(((float(x @ k / x.norm() / k.norm()), int(label)) for k, label in zip(known, train_y)))[::-1][:9]
+        votes = [sum(math.exp(c / 0.07) for c, label in cosines if label == n) for n in range(7)]
+        ranking = sorted(range(7), key=lambda n: -votes[n])
+        right1 += ranking[0] == y
+        right5 += int(y) in ranking[:5]
+    result = finetune.knn(train_x, train_y, val_x, val_y, 7, 9)
+    assert math.isclose(result["top1"], 100 * right1 / 25)
+    assert abs(result["top5"] - 100 * right5 / 25) <= 4  # classes without a vote tie
+
+
+def test_linear_probe_trains_the_head_alone():
+    probe = finetune.LinearProbe(small_vit(), 2, 5)
+    assert len(probe.features.encoder.blocks) == 2
+    images = torch.rand(6, 3, 32, 32)
+    probe(images).sum().backward()
+    assert [name for name, p in probe.named_parameters() if p.grad is not None] == ["head.weight", "head.bias"]
+    tokens = small_vit().encode(patchify(images, 8), taps=(2,))[1][2][:, 1:]
+    features = torch.stack([layer_norm(sum(t) / 16) for t in tokens])                 # no learned scale
+    features = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-6).sqrt()
+    expected = features @ probe.head.weight.T + probe.head.bias
+    torch.testing.assert_close(probe.train()(images), expected, rtol=0, atol=1e-4)
+
+
+def weights_files(tmp_path):
+    """Every kind of file that --init takes, with the encoder it should give and a word of what is said."""
+    model = BootMAE(img_size=32, patch_size=8, **SIZES["nano"], decoder_dim=64)
+    for p in model.teacher.parameters():
+        p.data += 1
+    encoder, teacher = model.encoder.state_dict(), model.teacher.state_dict()
+    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1}, tmp_path / "checkpoint.pt")
+    torch.save(encoder, tmp_path / "encoder.pt")
+    classifier = small_vit(num_classes=12).state_dict()
+    torch.save(classifier, tmp_path / "best.pt")
+    mae = encoder | {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128),
+                     "decoder_pos_embed": torch.zeros(1, 17, 64)}
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    torch.save(encoder | {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}, tmp_path / "timm.pth")
+    theirs = official_checkpoint(128, 4, 4, 64, 8, (4, 4))
+    theirs = {key: value.float() for key, value in theirs.items()}
+    average = {key: value + 1 for key, value in theirs.items()}
+    namespace = argparse.Namespace(model="pretrain_base", epochs=800)
+    torch.save({"model": theirs, "model_ema": average, "epoch": 799, "args": namespace}, tmp_path / "theirs.pth")
+    kept = ("patch_embed", "cls_token", "pos_embed", "blocks")
+    tuned = {key: value for key, value in theirs.items() if key.startswith(kept)}
+    tuned |= {key: classifier[key] for key in ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")}
+    torch.save({"model": tuned, "args": namespace}, tmp_path / "theirs_tuned.pth")
+    return [("checkpoint.pt", False, encoder, "left out: norm.bias"), ("checkpoint.pt", True, teacher, "left"),
+            ("encoder.pt", False, encoder, "new: fc_norm.bias"), ("best.pt", False, classifier, "new: nothing"),
+            ("mae.pth", False, encoder, "mask_token"), ("timm.pth", False, encoder, "head.weight"),
+            ("theirs.pth", False, theirs, "new: fc_norm.bias"), ("theirs.pth", True, average, "new: fc_norm.bias"),
+            ("theirs_tuned.pth", False, theirs | tuned, "new: nothing")]
+
+
+def test_weights_of_every_origin(tmp_path, capsys):
+    for name, teacher, expected, words in weights_files(tmp_path):
+        path = str(tmp_path / name)
+        state = finetune.read_weights(path, teacher)
+        assert finetune.sizes_of(state, path)["model"] == "nano"
+        model = small_vit(num_classes=12)
+        line = finetune.fill(model, state, path)
+        assert name in line and words in line
+        for key in ("cls_token", "patch_embed.proj.weight", "blocks.3.attn.qkv.weight", "blocks.0.mlp.fc2.bias"):
+            assert torch.equal(model.state_dict()[key], expected[key]), (name, key)
+        larger = small_vit(img_size=48, num_classes=12)
+        finetune.fill(larger, state, path)
+        assert torch.equal(larger.pos_embed, resize_positions(state["pos_embed"], (4, 4), (6, 6)))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({"model": BootMAE(**SMALL).state_dict()}, tmp_path / "odd.pt")
+    for name, words in ("other.pt", "fits no ViT"), ("odd.pt", "3 blocks of width 24"), ("none.pt", "can't read"):
+        assert words in refused(capsys, finetune, "--init", tmp_path / name, *TUNE, "--out", tmp_path / "out")
+    assert "--teacher" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--teacher", *TUNE)
+    assert "patch_size 8" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", *TUNE, "--patch_size", 4)
+    assert "no head" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--eval", *TUNE)
+
+
+EVERYTHING = ["--drop_path", 0.2, "--mixup", 0.8, "--cutmix", 1, "--rand_augment", 9, "--erasing", 0.25]
+
+
+@pytest.fixture(scope="module")
+def tuned(unbroken, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    finish(launch("finetune.py", "--init", unbroken / "encoder.pt", "--out", out, *TUNE, *EVERYTHING))
+    return out
+
+
+def test_fine_tuning_writes_what_it_promises(tuned):
+    log = [json.loads(line) for line in (tuned / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3] and {"top1", "top5", "top1_ema"} <= log[0].keys()
+    small_vit(num_classes=12).load_state_dict(torch.load(tuned / "best.pt", weights_only=True), strict=True)
+    checkpoint = torch.load(tuned / "checkpoint.pt", weights_only=True)
+    assert checkpoint["best"] == max(max(line["top1"], line["top1_ema"]) for line in log)
+    assert Image.open(tuned / "predictions.png").size == (960, 576)
+
+
+def test_killed_fine_tuning_ends_as_if_nothing_had_happened(unbroken, tuned, tmp_path):
+    command = ["finetune.py", "--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE, *EVERYTHING]
+    process = launch(*command)
+    wait_for(tmp_path / "log.jsonl", 1, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    finish(launch(*command))
+    assert_same(result(tmp_path), result(tuned))
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--knn"])
+def test_two_processes_count_every_image_once(tuned, mode):
+    """1,003 images do not divide: padding would count some twice."""
+    command = ["finetune.py", "--init", tuned / "best.pt", *TUNE, "--num_val", 1003, mode]
+    one, two = (finish(launch(*command, processes=n))[0].splitlines()[-1] for n in (1, 2))
+    assert json.loads(one)["images"] == 1003 and one == two
+
+
+def test_evaluate_counts():
+    logits = torch.randn(23, 9, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(23) % 9
+    place = [sorted(range(9), key=lambda n: -row[n]).index(y) for row, y in zip(logits.tolist(), labels.tolist())]
+    loader = [(torch.arange(a, b).byte().view(-1, 1), labels[a:b], None) for a, b in ((0, 10), (10, 20), (20, 23))]
+    model = torch.nn.Module()
+    model.forward = lambda images: logits[((images + 1) * 127.5).round().long()[:, 0]]
+    env = finetune.SimpleNamespace(device=torch.device("cpu"), dtype=None, world_size=1)
+    result = finetune.evaluate(model, loader, env)
+    assert result == dict(top1=100 * place.count(0) / 23, top5=100 * sum(p < 5 for p in place) / 23)
+
+
+def test_linear_probe_runs_and_resumes(unbroken, tmp_path, capsys):
+    flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE, "--linear", "--warmup_epochs", 0,
+             "--base_lr", 50]
+    call(finetune, *flags)
+    log = result(tmp_path)[1]
+    assert len(log) == 3 and log[2]["loss"] < log[0]["loss"]
+    call(finetune, *flags, "--epochs", 4)
+    assert "going on" in capsys.readouterr().out and len(result(tmp_path)[1]) == 4
+
+
+def test_labels_per_class_is_a_fixed_subset():
+    args = finetune.parse_args(["--scratch", *TUNE])
+    train_set, val_set = finetune.get_data(args)
+    again, _ = finetune.get_data(args)
+    assert sorted(train_set.labels) == sorted(list(range(12)) * 4) and train_set.indices == again.indices
+    assert not {train_set.name(i) for i in range(48)} & {val_set.name(i) for i in range(60)}
+
+
+def class_folders(root, sets):
+    for name, labels in sets.items():
+        for label in labels:
+            (root / name / label).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 40), "red").save(root / name / label / f"{index}.png")
+    return root
+
+
+def test_bad_data_is_named(tmp_path, capsys):
+    flags = ["--scratch", "--recipe", "shapes", *TUNE, "--labels_per_class", 0, "--batch_size", 2]
+    flags += ["--out", tmp_path / "out"]
+    a = class_folders(tmp_path / "a", {"train": ["cat", "dog"]})
+    assert "no val/" in refused(capsys, finetune, "--data", a, *flags)
+    b = class_folders(tmp_path / "b", {"train": ["cat", "dog"], "val": ["cat", "cow"]})
+    assert "cow" in refused(capsys, finetune, "--data", b, *flags)
+    c = class_folders(tmp_path / "c", {"train": ["cat", "dog"], "val": ["cat"]})
+    Image.new("RGB", (40, 40)).save(c / "train" / "stray.png")
+    assert "stray.png" in refused(capsys, finetune, "--data", c, *flags)
+    assert "--init" in refused(capsys, finetune, *TUNE[2:], "--recipe", "imagenet_large")
+    assert "--batch_size" in refused(capsys, finetune, "--scratch", *TUNE, "--batch_size", 64)
+    assert "give one" in refused(capsys, finetune, "--scratch", *TUNE, "--knn", "--linear")
+    assert "--depth 9" in refused(capsys, finetune, "--scratch", *TUNE, "--knn", "--depth", 9)
+    assert not (tmp_path / "out").exists()
+    d = class_folders(tmp_path / "d", {"train": ["cat", "dog"], "test": ["cat", "dog"]})
+    call(finetune, "--data", d, *flags, "--epochs", 1)
+    weights = tmp_path / "out" / "best.pt"
+    assert "2 classes and" in refused(capsys, finetune, "--eval", "--init", weights, *TUNE).replace("a head for ", "")

@@ -10,6 +10,7 @@ processes and accumulation steps, so a recipe means the same on any number of GP
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import random
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from types import SimpleNamespace
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,9 +66,10 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def fail(message: str, code: int = 2, rank_zero: bool = True):
-    """End with one line on stderr; code 2: a call that can't work, 1: something went wrong. rank_zero: all ranks know."""
-    if not rank_zero or int(os.environ.get("RANK", 0)) == 0:
+def fail(message: str, code: int = 2, everywhere: bool = False):
+    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong. One process speaks for all,
+    unless `everywhere`: what happens to one alone."""
+    if everywhere or int(os.environ.get("RANK", 0)) == 0:
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -73,7 +77,8 @@ def fail(message: str, code: int = 2, rank_zero: bool = True):
 def add_recipe_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict], helps: dict[str, str]) -> None:
     for name, value in next(iter(recipes.values())).items():
         first, count = (value[0], len(value)) if isinstance(value, tuple) else (value, None)
-        parser.add_argument(f"--{name}", type=type(first), nargs=count, help=f"{helps[name]} ({value} in the first recipe)")
+        parser.add_argument(f"--{name}", type=type(first), nargs=count,
+                            help=f"{helps[name]} ({value} unless the recipe says otherwise)")
 
 
 def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
@@ -122,7 +127,7 @@ from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 from masking import block_mask, random_mask  # noqa: E402
-from model import SIZES, BootMAE, normalize_patches, patchify, unpatchify  # noqa: E402
+from model import SIZES, BootMAE, patchify, unpatchify  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Set-up, shared with finetune.py: processes, precision, loading, saving, stopping
@@ -215,10 +220,10 @@ class StopRequest:
 
 
 def save(content, path: str) -> None:
-    """Write a file whole or not at all: beside it, flushed to disk, renamed. Text, or whatever torch.save takes."""
+    """Write a file whole or not at all: beside it, flushed to disk, renamed. Bytes, or whatever torch.save takes."""
     try:
         with open(path + ".tmp", "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
@@ -228,16 +233,26 @@ def save(content, path: str) -> None:
         fail(f"could not save {path} ({error}); what was saved before is whole", code=1)
 
 
+def save_log(log: list[dict], out: str) -> None:
+    save("".join(json.dumps(line) + "\n" for line in log).encode(), os.path.join(out, "log.jsonl"))
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    save(file.getvalue(), path)
+
+
 def load(path: str) -> dict:
     """Read a file of tensors and plain values. A file that holds anything else, code for one, is refused unread."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their arguments
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except FileNotFoundError:
-        fail(f"{path} does not exist")
+    except OSError as error:
+        fail(f"can't read {path}: {error.strerror or error}")
     except Exception as error:  # torch.load has a kind for each way in which a file can be bad
-        reason = str(error).strip().splitlines()[0]
-        fail(f"{path} is damaged or not a plain checkpoint, and was left as it is ({type(error).__name__}: {reason})")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        fail(f"{path} is damaged or not a plain file of tensors, and was left as it is ({reason})")
 
 
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
@@ -260,12 +275,13 @@ def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_e
     checkpoint = load(path)
     if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
         fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
-    changed = [f"--{name} {checkpoint['config'].get(name)}" for name in fixed if checkpoint["config"].get(name) != config[name]]
+    before = checkpoint["config"]
+    changed = [f"--{name} {before.get(name)}" for name in fixed if before.get(name) != config[name]]
     if changed:
         fail(f"{path} was trained with {', '.join(changed)}: give the same, or another --out, or --fresh to start over")
     if checkpoint["steps_per_epoch"] != steps_per_epoch:
-        fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, this run has {steps_per_epoch}: give the same data and "
-             "--batch_size, or another --out, or --fresh to start over")
+        fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
+             "data and --batch_size, or another --out, or --fresh to start over")
     return checkpoint
 
 
@@ -283,9 +299,7 @@ def wrap(model: torch.nn.Module, args: argparse.Namespace, env: SimpleNamespace)
     """The model as it is called in training: distributed, compiled, or neither. Its parameters stay `model`'s own."""
     if env.world_size > 1:
         devices = [env.local_rank] if env.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     return torch.compile(model) if args.compile else model
 
 
@@ -295,15 +309,41 @@ def make_out(args: argparse.Namespace, config: dict) -> None:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
-    save(json.dumps(config, indent=1) + "\n", os.path.join(args.out, "config.json"))
+    save(json.dumps(config, indent=1).encode(), os.path.join(args.out, "config.json"))
     print(json.dumps(config))
+
+
+def run(main: Callable, args: argparse.Namespace) -> None:
+    """Call main(args), and leave in a way that can't hang."""
+    code = 1
+    try:
+        try:
+            main(args)
+            code = 0
+        except torch.OutOfMemoryError:
+            cure = f"--accum_steps {2 * args.accum_steps} halves the images held at a time"
+            fail(f"out of GPU memory: {cure}", code=1, everywhere=True)
+    except SystemExit as end:
+        code = end.code
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(code) from None
+    finally:
+        # DistributedDataParallel's destructor holds Python's lock while it waits for a gloo thread that may want it
+        # (torch 2.13), and a peer that has failed may be waited for in vain. So processes leave without destructors.
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def name_broken(broken: Tensor, samples: data.Samples, named: set[int]) -> int:
     """Warn of each unreadable file in a batch, once a run (`named` remembers); returns how many samples it cost."""
     found = broken[broken >= 0].tolist()
     for index in set(found) - named:
-        tqdm.write(f"warning: can't read {samples.source.name(index)!r}; another image takes its place", file=sys.stderr)
+        name = samples.source.name(index)
+        tqdm.write(f"warning: can't read {name!r}; another image takes its place", file=sys.stderr)
     named.update(found)
     return len(found)
 
@@ -358,8 +398,8 @@ def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> No
     columns = [unpatchify(column, p, grid).clamp(-1, 1) for column in columns]               # (B, 3, H, W) each
     titles = ["original", "masked", "reconstruction"]
     if model.teacher is not None:
-        features = model.teacher.encode(patches)[0][:, 1:].float().flatten(0, 1)             # (B*N, D)
-        features = features - features.mean(dim=0)
+        features = model.teacher.encode(patches)[0][:, 1:].float()                           # (B, N, D)
+        features = (features - features.mean(dim=0)).flatten(0, 1)                           # (B*N, D)
         _, axes = torch.linalg.eigh(features.T @ features)                                   # eigenvalues rise
         axes = axes[:, -3:].flip(1)                                                          # (D, 3)
         colours = features @ (axes * axes.sum(dim=0).sign())                                 # (B*N, 3), sign fixed
@@ -377,7 +417,7 @@ def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> No
     picture.paste(table, (0, 16))
     for column, title in enumerate(titles):
         ImageDraw.Draw(picture).text((column * table.width // len(titles) + 4, 2), title, fill="black")
-    picture.save(path)
+    save_picture(picture, path)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -396,14 +436,16 @@ def main(args: argparse.Namespace) -> None:
         )
         num_patches = math.prod(model.grid)
         if not 0 < round(args.mask_ratio * num_patches) < num_patches:
-            raise ValueError(f"--mask_ratio {args.mask_ratio} masks {round(args.mask_ratio * num_patches)} of {num_patches} "
-                             "patches; at least one must be masked and one visible")
+            raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
+                             "and one visible")
         source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
         if args.data and 0 < args.num_images < len(source):
             source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
         if len(source) < args.batch_size:
             raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        fail(f"--data: can't read {error.filename}: {error.strerror}")
+    except ValueError as error:
         fail(str(error))
 
     # ---- data
@@ -487,7 +529,7 @@ def main(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
             model.update_teacher(momentum)
 
-            # Losses are summed on the device and looked at seldom. A step whose loss overflowed is left out of the mean.
+            # Losses are summed on the device and looked at seldom. One that overflowed is left out of the mean.
             row[2] = row.isfinite().all()
             sums += row.nan_to_num(0, 0, 0) * row[2]
             recent += row[2]
@@ -495,8 +537,9 @@ def main(args: argparse.Namespace) -> None:
             if step == 1 or step % args.log_every == 0:
                 pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
                 if step > 1 and total(recent, env).item() == 0:
-                    fail(f"no finite loss in the last {args.log_every} steps, up to step {step}: pixel_loss {row[0].item()}, "
-                         f"feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as it was. {CURE}", code=1)
+                    fail(f"no finite loss in the last {args.log_every} steps, up to {step}: pixel_loss "
+                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as "
+                         f"it was. {CURE}", code=1)
                 recent.zero_()
                 check_broken(broken_count, samples, named)
                 steps = max(finite, 1)
@@ -504,8 +547,8 @@ def main(args: argparse.Namespace) -> None:
             if stop.agreed():
                 bar.close()
                 save_checkpoint()
-                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}, which {checkpoint_path} holds; the "
-                     "same command goes on from there", code=128 + stop.signal)
+                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}; {checkpoint_path} holds it, "
+                     "the same command goes on", code=128 + stop.signal)
 
         # ---- end of an epoch
         pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
@@ -521,18 +564,13 @@ def main(args: argparse.Namespace) -> None:
         if finished or (epoch + 1) % args.save_every == 0:
             save_checkpoint()
         if env.is_main:
-            save("".join(json.dumps(line) + "\n" for line in log), os.path.join(args.out, "log.jsonl"))
+            save_log(log, args.out)
             print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
             if finished or (epoch + 1) % args.picture_every == 0:
                 draw_progress(model, gallery_images, gallery_mask, os.path.join(args.out, f"epoch_{epoch + 1:04d}.png"))
     if env.is_main:
         print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl and pictures")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: --accum_steps {2 * args.accum_steps} halves the images held at a time", 1, rank_zero=False)
+    run(main, args)
