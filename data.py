@@ -30,13 +30,13 @@ class ImageFolder:
 
     def __init__(self, root: str, classes: list[str] | None = None):
         self.root = os.fspath(root)
-        paths = sorted(_walk(self.root, seen=set()))
+        paths = sorted(_walk(self.root))
         if not paths:
             raise ValueError(f"no images found in {self.root!r} (looked for {' '.join(EXTENSIONS)} at any depth)")
         # Bytes in one array, not a million str objects: workers share it, and no reference count copies its pages.
         self.paths = np.array([os.fsencode(path) for path in paths])
         tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in paths]
-        self.classes = classes or sorted({top for top in tops if top is not None})
+        self.classes = sorted({top for top in tops if top is not None}) if classes is None else classes
         unknown = {top for top in tops if top is not None} - set(self.classes)
         if unknown:
             raise ValueError(f"{self.root!r} has classes that the training set lacks: {' '.join(sorted(unknown)[:5])}")
@@ -54,17 +54,18 @@ class ImageFolder:
         return Image.open(self.name(index))
 
 
-def _walk(root: str, seen: set[str], below: str = "") -> Iterator[str]:
-    """Paths of the image files below `root`, relative to it. Follows links, but enters a folder only once."""
+def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of the image files below `root`, relative to it. Follows links, but not into a folder it is in already."""
     real = os.path.realpath(os.path.join(root, below))
-    if real in seen:
+    if real in above:
         return
-    seen.add(real)
-    for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
-        path = os.path.join(below, entry.name)
-        if entry.is_dir():
-            yield from _walk(root, seen, path)
-        elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+    for name in os.listdir(real):
+        path = os.path.join(below, name)
+        if name.startswith("."):
+            continue
+        if os.path.isdir(os.path.join(root, path)):
+            yield from _walk(root, path, (*above, real))
+        elif name.lower().endswith(EXTENSIONS):
             yield path
 
 
@@ -192,7 +193,7 @@ class Shapes:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: 16-bit is scaled and not clipped, what is transparent becomes white."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float32)
@@ -211,7 +212,6 @@ def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size
     is faster and hardly differs. An EXIF rotation comes last, where it is cheapest, so `box` is in the file's frame.
     """
     width, height = (size, size) if isinstance(size, int) else size
-    orientation = image.getexif().get(0x0112, 1)
     scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
     if scale >= 2:
         full_width = image.width
@@ -219,8 +219,11 @@ def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size
         if drafted:
             shrink = drafted[1][2] / full_width
             box = tuple(edge * shrink for edge in box)
+    image.load()  # which turns a TIFF upright by itself, and takes its tag away
+    orientation = image.getexif().get(0x0112, 1)
     image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     if orientation != 1:
+        image.info = {}  # exif_transpose would write all of a camera's tags again, and fail where one is odd
         image.getexif()[0x0112] = orientation
         image = ImageOps.exif_transpose(image)
     return image
@@ -421,8 +424,9 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key: int) -> tuple:
         epoch, wanted = divmod(key, len(self))
         index, broken = wanted, -1
-        for _ in range(10):
-            rng = random.Random(f"{self.seed} {epoch} {index}")
+        for attempt in range(10):
+            # of the wanted image, or else two broken files that name each other would go round in circles
+            rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
                 return *self.transform(self.source.open(index), rng), self.source.labels[index], broken
             except Exception:  # Pillow has a dozen kinds for a bad file; the training loop counts them and stops early

@@ -90,7 +90,7 @@ LINEAR = {
     "imagenet": RECIPES["imagenet"] | PROBE | dict(depth=9),
     "imagenet_large": RECIPES["imagenet_large"] | PROBE | dict(depth=18, epochs=50, base_lr=0.07),
     "cifar10": RECIPES["cifar10"] | PROBE | dict(depth=9, batch_size=2048),
-    "shapes": RECIPES["shapes"] | PROBE | dict(batch_size=64, epochs=60, base_lr=1.0, warmup_epochs=5),
+    "shapes": RECIPES["shapes"] | PROBE | dict(batch_size=64, epochs=60, base_lr=160.0, warmup_epochs=5),
 }
 HELP = dict(
     model="size of the encoder for --scratch: nano, tiny, small, base or large; otherwise the file decides",

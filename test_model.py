@@ -3,15 +3,19 @@
     python -m pytest -q
 """
 import argparse
+import io
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -624,6 +628,277 @@ def test_loss_weight(grid):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def test_folders(tmp_path):
+    names = ["b/2.jpg", "b/10.PNG", "a/x.jpg/deep/1.webp", "a/z.tif", "ü ☃/é.gif", "top.bmp", "b.png"]
+    for name in names + ["a/.hidden.png", "a/.ipynb_checkpoints/1.png", ".thumbnails/1.png", "none/1.pdf"]:
+        os.makedirs((tmp_path / name).parent, exist_ok=True)
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    os.link(tmp_path / "b.png", os.fsencode(tmp_path) + b"/a/\xff\xfe.png")  # no valid UTF-8
+    os.symlink(tmp_path, tmp_path / "b" / "loop")
+    os.symlink("self", tmp_path / "b" / "self")
+    folder = data.ImageFolder(tmp_path)
+    found = [os.fsencode(os.path.relpath(folder.name(i), tmp_path)) for i in range(len(folder))]
+    assert found == sorted([os.fsencode(name) for name in names] + [b"a/\xff\xfe.png"])
+    assert folder.classes == ["a", "b", "ü ☃"] and folder.labels.tolist() == [0, 0, 0, -1, 1, 1, -1, 2]
+    subset = data.Subset(folder, [4, 0])
+    assert (len(subset), subset.labels, subset.open(0).filename) == (2, [1, 0], folder.name(4)) and subset.classes
+    assert data.ImageFolder(tmp_path, ["ü ☃", "more", "b", "a"]).labels.tolist() == [3, 3, 3, -1, 2, 2, -1, 0]
+    assert data.ImageFolder(tmp_path / "a" / "x.jpg" / "deep").labels.tolist() == [-1]
+    for path, classes, message in ("", ["ü ☃", "b"], "lacks: a"), ("", [], "lacks: a"), ("none", None, "no images"):
+        with pytest.raises(ValueError, match=message):
+            data.ImageFolder(tmp_path / path, classes)
+
+
+COLOURS, LEVELS = np.uint8([[250, 20, 30], [40, 200, 10], [20, 60, 220], [0, 0, 0]]), np.uint8([0, 255, 77, 180])
+CUT, VEIL, T, BICUBIC = [0, 255, 255, 255], np.uint8([0, 128, 255, 255]), Image.Transpose, Image.Resampling.BICUBIC
+
+
+def quarters(values):
+    return Image.fromarray(values.reshape(2, 2, *values.shape[1:]).repeat(24, axis=0).repeat(32, axis=1))  # 64 x 48
+
+
+RGB, PALETTE, RGBA = quarters(COLOURS), quarters(COLOURS).quantize(4), quarters(np.c_[COLOURS, VEIL])
+KINDS = {  # name: image, colours of the quarters, their opacity (what lies below is white)
+    "rgb.png": (RGB, COLOURS), "progressive.jpg": (RGB, COLOURS), "large.jpg": (RGB.resize((1280, 960)), COLOURS),
+    "odd_tag.jpg": (RGB, COLOURS), "cmyk.jpg": (RGB.convert("CMYK"), COLOURS), "l.jpg": (quarters(LEVELS), LEVELS),
+    "la.png": (quarters(np.c_[LEVELS, VEIL]), LEVELS, VEIL), "rgba.png": (RGBA, COLOURS, VEIL),
+    "rgba.webp": (RGBA, COLOURS, VEIL), "p.png": (PALETTE, COLOURS), "p.gif": (PALETTE, COLOURS),
+    "p_cut.png": (PALETTE, COLOURS, CUT), "cut.gif": (PALETTE, COLOURS, CUT), "rgb_cut.png": (RGB, COLOURS, CUT),
+    "1.png": (quarters(LEVELS).point(lambda v: 255 * (v > 99), "1"), 255 * (LEVELS > 99)),
+    "16.png": (quarters(LEVELS * np.uint16(257)), LEVELS), "i.tif": (quarters(LEVELS * np.int32(257)), LEVELS),
+    "16.pgm": (quarters(LEVELS * np.uint16(257)), LEVELS), "f.tif": (quarters(LEVELS / np.float32(9)), LEVELS),
+}
+TURNS = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_90, T.TRANSVERSE, T.ROTATE_270]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_becomes_upright_rgb(tmp_path, name):
+    image, colours, opacity = (*KINDS[name], [255] * 4)[:3]
+    expected = 255 + (colours.reshape(4, -1) - 255.0) * np.reshape(opacity, (4, 1)) / 255
+    extra = dict(transparency=image.getpixel((0, 0))) if "cut" in name else dict(quality=95, progressive="pro" in name)
+    for orientation, turn in enumerate(TURNS[: 1 if name.endswith(("gif", "pgm")) else 8], start=1):
+        exif = Image.Exif()
+        exif.update({0x0112: orientation, 0x0131: "72 "})  # "odd": Software made XResolution, a number; does no harm
+        exif = exif.tobytes().replace(b"\x01\x31", b"\x01\x1a" if "odd" in name else b"\x01\x31")
+        (image if turn is None else image.transpose(turn)).save(tmp_path / name, exif=exif, lossless=True, **extra)
+        one, two = (data.ImageFolder(tmp_path).open(0) for _ in range(2))
+        # a crop of the whole of 4 : 3 is as wide as a crop gets, and nothing else fits
+        for out in data.random_resized_crop(one, 32, random.Random(0), (1, 1)), data.center_crop(two, 32, 1):
+            assert out.mode == "RGB" and out.size == (32, 32)
+            seen = np.asarray(out, dtype=float)[[8, 8, 24, 24], [8, 24, 8, 24]]  # the middles of the quarters
+            assert np.abs(seen - expected).max() <= (4 if name.endswith("jpg") else 1)
+
+
+def test_crops_flip_and_tensors(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 256, 3), dtype=np.uint8)
+    photo, shrinks = Image.fromarray(pixels), []
+    photo.resize((64, 75)).resize((1101, 807), BICUBIC).save(tmp_path / "x.jpg", quality=92)
+    full = Image.open(tmp_path / "x.jpg").convert("RGB")
+    for box in (0, 0, 1101, 807), (301, 200, 1101, 807), (5, 7, 400, 407), (100.5, 50.25, 700, 790), (40, 40, 160, 150):
+        image = Image.open(tmp_path / "x.jpg")
+        error = np.subtract(data.crop_resize(image, box, (40, 32)), full.resize((40, 32), BICUBIC, box), dtype=int)
+        shrinks.append(round(1101 / image.width))
+        assert np.abs(error).mean() < 2 if shrinks[-1] > 1 else not error.any()
+    assert shrinks == [8, 8, 4, 4, 1]  # JPEGs are decoded small, to at least twice the pixels wanted
+    assert np.array_equal(data.center_crop(photo, 224), pixels[38:262, 16:240])  # the short side is 256 already
+    by_hand = photo.crop((0, 6, 256, 294)).resize((64, 72), BICUBIC).crop((8, 12, 56, 60))
+    assert np.abs(np.subtract(by_hand, data.center_crop(photo, 48, 0.75), dtype=int)[2:-2, 2:-2]).max() <= 1
+    flips = [np.array(data.flip(photo, random.Random(i)))[0, 0].tolist() for i in range(100)]
+    assert 30 < flips.count(pixels[0, -1].tolist()) < 70 and pixels[0, 0].tolist() in flips
+    assert np.array_equal(data.to_tensor(photo), np.stack([pixels[..., c] for c in range(3)]))
+    assert np.allclose(data.scale_pixels(torch.arange(256).byte()), np.arange(256) / 127.5 - 1, rtol=0, atol=1e-6)
+
+
+def test_random_resized_crop():
+    y, x = np.mgrid[:40, :60]
+    image, rng = Image.fromarray(np.stack([4 * x, 6 * y, 0 * x], axis=-1).astype(np.uint8)), random.Random(0)
+    inner = (np.arange(4, 28) + 0.5) / 32  # away from the edges, where a resize looks beyond
+    for low, high in (0.2, 1), (0.08, 1), (0.2, 0.4):
+        boxes = []
+        for _ in range(400):  # the colours tell where the box was
+            out = data.random_resized_crop(image, 32, rng, *[(low, high)] * (high + low != 1.2))
+            out = np.asarray(out, dtype=float)[4:28, 4:28] / [4, 6, 1] + 0.5
+            boxes.append([*np.polyfit(inner, out[..., 0].mean(axis=0), 1), *np.polyfit(inner, out[..., 1].mean(1), 1)])
+        w, left, h, top = np.array(boxes).round().T
+        area, aspect, right, bottom = w * h / 2400, np.log(w / h), 60 - w, 40 - h
+        assert low - 0.02 < min(area) < low + 0.04 and min(high - 0.02, 0.8) < max(area) < high + 0.02
+        assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all() and ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
+    # the last ones always fit, so that none is redrawn
+    assert [area.mean(), area.std(), aspect.mean()] == pytest.approx([0.3, 0.2 / 12**0.5, 0], abs=0.02)
+    assert [aspect.std(), (left / right).mean(), (top / bottom).mean()] == pytest.approx([0.166, 0.5, 0.5], abs=0.04)
+    assert min(left) == min(top) == max(left - right) == max(top - bottom) == 0
+    for width, height in [(1, 1), (1, 500), (700, 1), (1200, 3)] * 9:  # very long: the middle
+        ramp = Image.fromarray(np.linspace(0, 200, width * height).reshape(width, height).T.astype(np.uint8))
+        for out in data.random_resized_crop(ramp, 32, rng, (0.08, 1)), data.center_crop(ramp, 32):
+            assert out.size == (32, 32) and np.abs(np.asarray(out) - 100.0 * (width + height > 2)).max() < 3
+
+
+def test_samples_and_broken_files(tmp_path):
+    def view(image, rng):
+        return data.to_tensor(data.flip(data.random_resized_crop(image, 8, rng), rng)), rng.random()
+    samples, other = (data.Samples(data.Shapes(6, 16), view, seed) for seed in (0, 1))
+    first, keys = [samples[key] for key in range(24)], [20, 3, 3, 11]  # four epochs
+    assert [sample[2:] for sample in first] == [(label, -1) for label in [0, 1, 2, 3, 4, 5] * 4]
+    assert len({sample[1] for sample in first + [other[key] for key in range(6)]}) == 30
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, sampler=keys, num_workers=2)
+    assert all(s[0].equal(first[key][0]) and tuple(s[1:]) == first[key][1:] for key, s in zip(keys, loader))
+    Image.effect_noise((64, 64), 50).save(noise := io.BytesIO(), "jpeg")
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)  # a bomb: sound, but for its size
+    chunks = b"IHDR" + header, b"IDAT" + zlib.compress(bytes(20_000 * 2501), 1), b"IEND"
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    broken = [noise.getvalue()[:-400], b"\x89PNG\r\n\x1a\n" + b"".join(chunks)], [b"", b"text"]
+    for name, level, contents in zip("ab", (40, 200), broken):  # of ten images 0, 1, 5 and 6 are broken
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("L", (9, 9), level).save(tmp_path / name / f"{i}.png")
+            if i < 2:
+                (tmp_path / name / f"{i}.png").write_bytes(contents[i])
+    samples, again, labels = *(data.Samples(data.ImageFolder(tmp_path), view) for _ in range(2)), {}
+    for key in range(200):
+        pixels, draw, label, broken = samples[key]
+        assert pixels.unique().tolist() == [[40, 200][label]] and broken == (key % 10 if key % 5 < 2 else -1)
+        assert torch.equal(pixels, again[key][0]) and (draw, label, broken) == again[key][1:]
+        labels.setdefault(key % 10, set()).add(int(label))
+    assert list(labels.values()) == [{0, 1}] * 2 + [{0}] * 3 + [{0, 1}] * 2 + [{1}] * 3  # another one each epoch
+    for path in tmp_path.glob("*/*"):
+        path.write_bytes(b"")
+    assert [(samples[i][0].unique().tolist(), samples[i][3]) for i in range(10)] == [([128], i) for i in range(10)]
+
+
+@pytest.mark.parametrize("length, batch_size, accum_steps, world_size", [(53, 12, 1, 1), (53, 12, 3, 2), (24, 8, 2, 4)])
+def test_batches(length, batch_size, accum_steps, world_size):
+    whole, per_epoch = list(data.Batches(length, batch_size, epochs=3, seed=1)), length // batch_size
+    other, orders = list(data.Batches(length, batch_size, epochs=3, seed=2)), {tuple(range(per_epoch * batch_size))}
+    for e in range(3):
+        keys = sum(whole[e * per_epoch : (e + 1) * per_epoch], [])
+        assert len(keys) == len(set(keys)) == per_epoch * batch_size and {key // length for key in keys} == {e}
+        orders.add(tuple(key % length for key in keys))
+    assert len(orders) == 4 and len(whole) == 3 * per_epoch and whole != other  # each epoch has an order of its own
+    for start in 0, 1, per_epoch, 2 * per_epoch + 1, 3 * per_epoch:
+        ranks = [data.Batches(length, batch_size, 3, 1, start, accum_steps, r, world_size) for r in range(world_size)]
+        assert {len(r) for r in ranks} == {len(list(r)) for r in ranks} == {(3 * per_epoch - start) * accum_steps}
+        streams = [iter(rank) for rank in ranks]
+        for batch in whole[start:]:
+            pieces = [next(stream) for stream in streams for _ in range(accum_steps)]
+            assert sorted(sum(pieces, [])) == sorted(batch) and len({len(piece) for piece in pieces}) == 1
+
+
+def test_shapes():
+    shapes, later, classes = data.Shapes(480, 16), data.Shapes(5, 16, start=7), len(data.SHAPES)
+    images, labels = np.stack([shapes.open(i) for i in range(480)]), np.array(shapes.labels)
+    assert images.shape == (480, 16, 16, 3) and images.dtype == np.uint8 and len(set(map(bytes, images))) == 480
+    assert classes >= 10 and set(np.bincount(labels)) == {480 // classes} and later.labels == shapes.labels[7:12]
+    assert all(np.array_equal(later.open(i), images[7 + i]) for i in range(5))
+    light = images.mean(axis=3)
+    means = np.stack([light[:360][labels[:360] == c].mean(axis=0) for c in range(classes)])
+    guesses = ((light[360:, None] - means) ** 2).sum(axis=(2, 3)).argmin(axis=1)
+    assert (guesses == labels[360:]).mean() > 0.5  # the label is that of what is drawn; colours say nothing:
+    for values in images.mean(axis=(1, 2)) - light.mean(axis=(1, 2))[:, None], images[:, 0, 0], images[:, -1, 0]:
+        apart = np.stack([values[labels == c].mean(axis=0) for c in range(classes)]) - values.mean(axis=0)
+        assert (np.abs(apart) < 4 * values.std(axis=0) / (480 / classes) ** 0.5).all()
+
+
+@pytest.mark.parametrize("s", [-0.9, -0.3, 0, 0.45, 1])
+def test_rand_augment_operations(s):
+    m, f, noise = abs(s), 1 + 0.9 * s, np.random.default_rng(0).integers(60, 200, (9, 9, 3), dtype=np.uint8)
+    photo = np.asarray(Image.fromarray(noise).resize((36, 40)))
+    p = photo.astype(float)
+    gray, smooth, equal = np.round(p @ [0.299, 0.587, 0.114])[..., None], p.copy(), p.copy()
+    smooth[1:-1, 1:-1] = (sum(p[i : i + 38, j : j + 34] for i, j in np.ndindex(3, 3)) + 4 * p[1:-1, 1:-1]) / 13
+    for c in range(3):
+        count = np.bincount(photo[..., c].ravel())
+        step = (count.sum() - count[-1]) // 255
+        equal[..., c] = ((step // 2 + count.cumsum() - count) // step)[photo[..., c]]
+    values = {
+        "equalize": equal, "invert": 255 - p, "posterize": p // 2 ** (4 + int(4 * m)) * 2 ** (4 + int(4 * m)),
+        "solarize": np.where(p < 256 - int(256 * m), p, 255 - p), "colour": gray + f * (p - gray),
+        "solarize_add": np.where(p < 128, p + int(110 * m), p), "brightness": f * p,
+        "autocontrast": (p - p.min(axis=(0, 1))) * 255 / np.ptp(p, axis=(0, 1)),
+        "contrast": gray.mean().round() + f * (p - gray.mean().round()), "sharpness": smooth + f * (p - smooth),
+    }
+    for name, expected in values.items():
+        error = np.abs(np.asarray(data.RAND_AUGMENT[name](Image.fromarray(photo), m, s)) - expected.clip(0, 255)).max()
+        assert error <= (0 if name in "equalize invert posterize solarize_add" else 2), name  # Pillow rounds on the way
+    half = np.asarray(data.RAND_AUGMENT["translate_x"](Image.fromarray(photo), m, 7.5 / 16.2))[:, 3:25]  # bicubic:
+    assert np.abs(half - (5 * (p[:, 10:32] + p[:, 11:33]) - p[:, 9:31] - p[:, 12:34]) / 8).max() <= 1
+    y, x = np.mgrid[:20, :20]
+    z = x - 9.5 + 1j * (y - 9.5)  # where a pixel comes from, as x + iy from the middle
+    places = {"rotate": z * np.exp(1j * math.pi / 6 * s), "translate_x": z + 9 * s, "translate_y": z + 9j * s,
+              "shear_x": z + 0.3 * s * (z.imag + 10), "shear_y": z + 0.3j * s * (z.real + 10)}
+    ramps = Image.fromarray(np.stack([10 * x + 5, 10 * y + 5, 0 * x + 200], axis=-1).astype(np.uint8))
+    for name, z in places.items():
+        out, depth = np.asarray(data.RAND_AUGMENT[name](ramps, m, s)), 10 - np.maximum(np.abs(z.real), np.abs(z.imag))
+        error = np.abs(out - np.stack([100 + 10 * z.real, 100 + 10 * z.imag, 0 * x + 200], axis=-1))
+        assert (out[depth < -0.01] == 128).all() and error[depth > 2].max() < 2, name
+    assert set(values) | set(places) == set(data.RAND_AUGMENT) and len(data.RAND_AUGMENT) == 15
+
+
+def test_rand_augment_draws(monkeypatch):
+    image, calls, rng = Image.linear_gradient("L").convert("RGB"), [], random.Random(0)
+    a, b, c = ([data.rand_augment(image, r).tobytes() for _ in range(20)] for r in map(random.Random, (1, 1, 2)))
+    assert a == b != c and image == Image.linear_gradient("L").convert("RGB")
+    for name in data.RAND_AUGMENT:
+        monkeypatch.setitem(data.RAND_AUGMENT, name, lambda im, m, s, name=name: calls.append((name, m, s)) or im)
+    applied = [data.rand_augment(image, rng) and len(calls) for _ in range(8000)]
+    assert np.bincount(np.diff(applied, prepend=0)) / 8000 == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    names, m, s = map(np.array, zip(*calls))
+    assert (np.abs(s) == m).all() and (s > 0).mean() == pytest.approx(0.5, abs=0.02) and max(m) == 1
+    assert np.percentile(m, [16, 50, 84]) == pytest.approx([0.85, 0.9, 0.95], abs=0.005)
+    assert np.unique(names, return_counts=True)[1] / 8000 == pytest.approx([1 / 15] * 15, abs=0.01)
+    data.rand_augment(image, rng, num_ops=500, magnitude=0, magnitude_std=1, probability=1)
+    assert len(calls) == applied[-1] + 500 and min(m for _, m, _ in calls) == 0
+
+
+def test_random_erasing():
+    images, seeded = torch.full((1500, 3, 24, 36), 100.0), torch.Generator().manual_seed  # noise never gets to 100
+    few, again, out = (data.random_erasing(images, *p, generator=seeded(0)) for p in ([], [], [1]))
+    assert few.equal(again) and (images == 100).all() and 0.21 < (few != 100).flatten(1).any(1).float().mean() < 0.29
+    changed = (out != 100).numpy()
+    rows, columns = changed.any(axis=(1, 3)), changed.any(axis=(1, 2))  # (B, H) and (B, W)
+    assert (changed == rows[:, None, :, None] & columns[:, None, None, :]).all()  # alike in all channels, and filled
+    assert {np.abs(np.diff(a, append=0, prepend=0)).sum(axis=1).max() for a in (rows, columns)} == {2}  # one each
+    top, left, h, w = rows.argmax(axis=1), columns.argmax(axis=1), rows.sum(axis=1), columns.sum(axis=1)
+    area, aspect = h * w / 864, np.log(h / w)[h * w < 0.15 * 864]  # small ones always fit: log-uniform
+    assert 0.01 < min(area) < 0.03 and 0.31 < max(area) < 0.36 and area.mean() == pytest.approx(0.177, abs=0.015)
+    assert [aspect.mean(), aspect.std()] == pytest.approx([0, -math.log(0.3) / 3**0.5], abs=0.05)
+    for start, room in (top, 24 - h), (left, 36 - w):
+        assert min(start) == max(start - room) == 0 and (start / room).mean() == pytest.approx(0.5, abs=0.03)
+    noise = out[out != 100]
+    assert noise.mean().abs() < 0.01 and noise.std().sub(1).abs() < 0.01 and len(noise.unique()) > 0.9 * len(noise)
+    assert torch.equal(data.random_erasing(images, 1, area=(2, 3)), images)  # where nothing fits
+    some = data.random_erasing(images[..., :24], 1, (0.5, 0.5), (0.1, 4))  # one in three fits: one of ten will do
+    assert (some != 100).flatten(1).any(1).float().mean() > 0.95
+    assert data.random_erasing(images.to("meta", torch.bfloat16)).dtype == torch.bfloat16  # has no values to wait for
+
+
+@pytest.mark.parametrize("alphas, trials", [([], 1000), ([3, 0], 300), ([0, 1], 300), ([0, 0], 9)], ids=str)
+def test_mixup_cutmix(alphas, trials):
+    images, labels = torch.rand(4, 3, 12, 10) + torch.arange(4).view(4, 1, 1, 1), torch.tensor([4, 0, 1, 1])
+    other, copy, shares, (mixup, cutmix) = images.flip(0), images.clone(), {True: [], False: []}, alphas or (0.8, 1)
+    for seed in range(trials):
+        out, targets = data.mixup_cutmix(images, labels, 5, *alphas, rng=random.Random(seed))
+        pasted = (out == other)[0, 0]  # (12, 10)
+        cut, sides = bool(((out == images)[0, 0] | pasted).all()), [pasted.any(dim=d).sum().item() for d in (0, 1)]
+        share = 1 - math.prod(sides) / 120 if cut else float(((out - other) / (images - other)).median())
+        shares[cut].append(share)
+        for i, c, y, x in np.ndindex(4, 3, 12, 10) if seed < 8 else ():
+            keep = float(not pasted[y, x]) if cut else share
+            assert abs(out[i, c, y, x] - keep * images[i, c, y, x] - (1 - keep) * other[i, c, y, x]) < 1e-5
+            mixed = share * (labels[i] == y) + (1 - share) * (labels[3 - i] == y)
+            assert y >= 5 or abs(targets[i, y] - 0.1 / 5 - 0.9 * mixed) < 1e-5
+    assert out.equal(data.mixup_cutmix(images, labels, 5, *alphas, rng=random.Random(seed))[0]) and images.equal(copy)
+    assert len(shares[True]) / trials == pytest.approx(0.5 if mixup and cutmix else float(mixup == 0), abs=0.04)
+    if mixup:  # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4)
+        assert [np.mean(shares[False]), np.var(shares[False])] == pytest.approx([0.5, 1 / (8 * mixup + 4)], abs=0.02)
+    if cutmix:  # a box around a uniform centre is cut off by the border
+        assert np.mean(shares[True]) == pytest.approx(1 - (1 / 2 - 1 / 5 + 1 / 48), abs=0.05)
+    assert data.mixup_cutmix(images.to("meta", torch.bfloat16), labels.to("meta"), 5)[0].dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # train.py
 
 # 6 steps an epoch of a network that a laptop runs in a blink
@@ -980,7 +1255,8 @@ def test_knn():
     right1 = right5 = 0
     for x, y in zip(val_x, val_y):
         x, known = (x - mean) / std, (train_x - mean) / std
-        cosines = sorted(((float(x @ k / x.norm() / k.norm()), int(label)) for k, label in zip(known, train_y)))[::-1][:9]
+        cosines = [(float(x @ k / x.norm() / k.norm()), int(label)) for k, label in zip(known, train_y)]
+        cosines = sorted(cosines)[::-1][:9]
         votes = [sum(math.exp(c / 0.07) for c, label in cosines if label == n) for n in range(7)]
         ranking = sorted(range(7), key=lambda n: -votes[n])
         right1 += ranking[0] == y

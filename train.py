@@ -541,6 +541,8 @@ def main(args: argparse.Namespace) -> None:
                          f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as "
                          f"it was. {CURE}", code=1)
                 recent.zero_()
+                if step == 1 and env.is_main:
+                    tqdm.write(f"first step  pixel_loss {pixel_loss:.4g}  feature_loss {feature_loss:.4g}")
                 check_broken(broken_count, samples, named)
                 steps = max(finite, 1)
                 bar.set_postfix_str(f"pixel {pixel_loss / steps:.4f} feature {feature_loss / steps:.4f} lr {lr:.1e}")
