@@ -9,12 +9,15 @@ processes and accumulation steps, so a recipe means the same on any number of GP
 """
 import argparse
 import contextlib
+import copy
 import functools
 import io
+import itertools
 import json
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -106,6 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of images, nested or flat (default: built-in images)")
     parser.add_argument("--recipe", choices=RECIPES, help="default: imagenet with --data, else shapes")
+    parser.add_argument("--benchmark", action="store_true", help="time steps and loading, print a table, train nothing")
     parser.add_argument("--picture_every", type=int, default=5, help="epochs between pictures")
     add_common_flags(parser)
     add_recipe_flags(parser, RECIPES, HELP)
@@ -123,6 +127,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
@@ -359,17 +365,19 @@ def check_broken(count: float, samples: data.Samples, named: set[int]) -> None:
 # Pretraining
 
 
+def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
+    """Masks of the kind and ratio that the flags ask for: bool (batch, N)."""
+    num_patches = math.prod(grid)
+    if args.mask == "block":
+        return block_mask(batch, grid, round(args.mask_ratio * num_patches), generator)
+    return random_mask(batch, num_patches, round(args.mask_ratio * num_patches), generator)
+
+
 def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
     """One image's view and mask: uint8 (3, H, W), bool (N,)."""
     image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    num_patches = grid[0] * grid[1]
-    num_masked = round(args.mask_ratio * num_patches)
-    if args.mask == "block":
-        mask = block_mask(1, grid, num_masked, generator)[0]
-    else:
-        mask = random_mask(1, num_patches, num_masked, generator)[0]
-    return data.to_tensor(image), mask
+    return data.to_tensor(image), pretrain_mask(1, generator, args, grid)[0]
 
 
 def schedules(progress: float, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
@@ -420,6 +428,95 @@ def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> No
     save_picture(picture, path)
 
 
+def benchmark(model: BootMAE, network: torch.nn.Module, optimizer, scaler, samples: data.Samples, args, env) -> None:
+    """Time training steps on random images, and the loading of real ones; print where the time goes.
+
+    GPU times are by events, CPU times by the clock; each figure is the median of ten steps, after three to warm up.
+    """
+    cuda, batch = env.device.type == "cuda", args.batch_size // (env.world_size * args.accum_steps)
+    images = torch.rand(batch, 3, args.img_size, args.img_size, device=env.device) * 2 - 1
+    mask = pretrain_mask(batch, torch.Generator().manual_seed(0), args, model.grid)
+
+    def clock():
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(marks: list) -> list[float]:
+        if cuda:
+            torch.cuda.synchronize()
+        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+
+    times = []
+    for _ in range(13):
+        with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
+            marks = [clock()]
+            with torch.no_grad():
+                if model.teacher is not None:
+                    model.teacher.encode(patchify(images, args.patch_size))  # once more, on its own, to see its share
+            marks.append(clock())
+            out = network(images, mask)
+        marks.append(clock())
+        scaler.scale(out.pixel_loss + out.feature_loss).backward()
+        marks.append(clock())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_teacher(0.999)
+        marks.append(clock())
+        times.append(milliseconds(marks))
+    teacher, forward, backward, update = np.median(times[3:], axis=0)
+    step = forward + backward + update
+
+    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]  # of the teacher's MLP
+    a = torch.randn(tokens, width, device=env.device, dtype=env.dtype)
+    b = torch.randn(width, 4 * width, device=env.device, dtype=env.dtype)
+    marks = [clock()]
+    for _ in range(23):
+        a @ b
+        marks.append(clock())
+    matmul = 2 * a.numel() * 4 * width / np.median(milliseconds(marks)[3:]) / 1e9         # TFLOP/s
+
+    twin = copy.deepcopy(model).to("meta")  # counts the operations of one image without doing them
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = twin(images[:1].to("meta"), mask[:1])
+        (out.pixel_loss + out.feature_loss).backward()
+    gflop = counter.get_total_flops() / 1e9
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident
+
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    torch.set_num_threads(1)  # as a worker has it
+    began, loaded = time.time(), 0
+    while time.time() - began < 2:
+        samples[loaded]
+        loaded += 1
+    loading = loaded / (time.time() - began)
+
+    if env.is_main:
+        speed = 1e3 * batch * env.world_size / step
+        achieved = gflop * batch / step
+        print(f"{args.recipe} ({args.model}), batch {batch} a process, {env.world_size} x {name}, "
+              f"{env.dtype or torch.float32}{', compiled' if args.compile else ''}")
+        for label, value in (
+            ("images/s", f"{speed:.4g}"),
+            ("ms a step", f"{step:.4g}"),
+            ("  teacher forward", f"{teacher:.4g}"),
+            ("  student forward and losses", f"{forward - teacher:.4g}"),
+            ("  backward", f"{backward:.4g}"),
+            ("  optimizer and teacher update", f"{update:.4g}"),
+            ("GFLOP an image", f"{gflop:.4g}"),
+            ("TFLOP/s a process", f"{achieved:.4g}"),
+            ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
+            ("peak memory a process, GiB", f"{peak:.3g}"),
+            ("images/s a loading worker", f"{loading:.4g}"),
+            ("  workers a process to keep up", f"{math.ceil(speed / env.world_size / loading)}"),
+        ):
+            print(f"{label:32}{value}")
+
+
 def main(args: argparse.Namespace) -> None:
     # ---- checks, before anything is written or any process waits for another
     env = setup(args)
@@ -441,7 +538,7 @@ def main(args: argparse.Namespace) -> None:
         source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
         if args.data and 0 < args.num_images < len(source):
             source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
-        if len(source) < args.batch_size:
+        if len(source) < args.batch_size and not args.benchmark:
             raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are")
     except OSError as error:
         fail(f"--data: can't read {error.filename}: {error.strerror}")
@@ -458,9 +555,13 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=args.betas, fused=True)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype is torch.float16)
 
+    if args.benchmark:
+        start_processes(env)
+        return benchmark(model, wrap(model, args, env), optimizer, scaler, samples, args, env)
+
     # ---- resume
     checkpoint_path = os.path.join(args.out, "checkpoint.pt")
-    config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers")}
+    config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers", "benchmark")}
     # Sums over this epoch so far: pixel_loss, feature_loss, steps with finite losses, broken samples
     step, log, sums = 0, [], torch.zeros(4, dtype=torch.float64, device=env.device)
     if os.path.exists(checkpoint_path) and not args.fresh:
