@@ -127,6 +127,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -179,7 +180,11 @@ def setup(args: argparse.Namespace) -> SimpleNamespace:
 def start_processes(env: SimpleNamespace) -> None:
     """Join the other processes that torchrun started; gloo beside nccl carries the flags that live on the CPU."""
     if env.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
+        store, rank, world_size = next(rendezvous("env://"))
+        # After `torchrun --max_restarts` brought a killed process back, the store still has the addresses of the dead.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def total(x: Tensor, env: SimpleNamespace) -> Tensor:
@@ -236,7 +241,7 @@ def save(content, path: str) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        fail(f"could not save {path} ({error}); what was saved before is whole", code=1)
+        fail(f"could not save {path} ({error.__context__ or error}); what was saved before is whole", code=1)
 
 
 def save_log(log: list[dict], out: str) -> None:
@@ -332,8 +337,10 @@ def run(main: Callable, args: argparse.Namespace) -> None:
     except SystemExit as end:
         code = end.code
         raise
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if "Connection" in str(error):  # its own message, or torchrun's, says why
+            print("another process has ended, so this one can't go on", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
         # DistributedDataParallel's destructor holds Python's lock while it waits for a gloo thread that may want it
