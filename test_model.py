@@ -983,8 +983,8 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
     encoder = torch.load(unbroken / "encoder.pt", weights_only=True)
     ViT(img_size=32, patch_size=8, **SIZES["nano"]).load_state_dict(encoder, strict=True)
-    with Image.open(unbroken / "epoch_0003.png") as picture:  # a row an image, 4 columns of 32 pixels shown at 4x
-        assert picture.size == (4 * 34 * 4, 8 * 34 * 4 + 16)
+    with Image.open(unbroken / "epoch_0003.png") as picture:  # 8 images, two a row, each 4 times 32 pixels shown at 4x
+        assert picture.size == (8 * 34 * 4, 4 * 34 * 4 + 16)
 
 
 def test_schedules():

@@ -397,10 +397,11 @@ def schedules(progress: float, epoch: int, args: argparse.Namespace) -> tuple[fl
 
 @torch.no_grad()
 def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> None:
-    """Save a PNG with a row for each image: original, masked, reconstruction, teacher features as colours.
+    """Save a PNG that shows of each image: original, masked, reconstruction, teacher features as colours.
 
     images: float (B, 3, H, W) in [-1, 1]; mask: bool (B, N). Predicted patches get the true patch's mean and standard
-    deviation back; visible ones are pasted in. The colours are the first three principal components over all images.
+    deviation back; visible ones are pasted in. The colours are the first three principal components over all images of
+    what the teacher says, less what it says on average at that place: it knows places best.
     """
     model.eval()
     out = model(images, mask)
@@ -426,7 +427,9 @@ def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> No
     zoom = max(1, 128 // images.shape[3])
     table = torch.stack(columns, dim=1).add(1).mul(127.5).round().byte().cpu()               # (B, 4, 3, H, W)
     table = torch.nn.functional.pad(table, (1, 1, 1, 1), value=255)
-    table = table.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()                 # (B*H, 4*W, 3)
+    if len(images) % 2 == 0:  # two images a row
+        table, titles = table.unflatten(0, (-1, 2)).flatten(1, 2), titles * 2                # (B/2, 8, 3, H, W)
+    table = table.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()                 # (B/2*H, 8*W, 3)
     table = Image.fromarray(table).resize((table.shape[1] * zoom, table.shape[0] * zoom), Image.Resampling.NEAREST)
     picture = Image.new("RGB", (table.width, table.height + 16), "white")
     picture.paste(table, (0, 16))
