@@ -1,8 +1,8 @@
 """BootMAE: Bootstrapped Masked Autoencoders (Dong et al., ECCV 2022, arXiv 2207.07116). Needs only torch.
 
 Read from the top: attention and blocks, the ViT, the decoder with feature injection, and `BootMAE.forward`, which is
-the paper's Figure 2. Shapes: B images, N patches of p x p pixels and C channels, V of them visible, M = N - V masked;
-encoder width D, decoder width d. The CLS token is always token 0, so an encoder sequence is 1 + V long.
+the paper's figure of the architecture. Shapes: B images, N patches of p x p pixels and C channels, V of them visible,
+M = N - V masked; encoder width D, decoder width d. The CLS token is always token 0, so an encoder sequence is 1 + V long.
 """
 import copy
 import math
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class DecoderBlock(Block):
-    """A block with feature injection (section 3.3): cross-attention to encoder features between attention and MLP.
+    """A block with feature injection: cross-attention to encoder features between self-attention and MLP.
 
     context_dim None leaves the injection out, which makes it a plain block.
     """
@@ -276,7 +276,7 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Fills in the masked places: the pixel regressor and the feature predictor are both one of these (section 3.2).
+    """Fills in the masked places: the pixel regressor and the feature predictor are both one of these.
 
     context_dim is the width of the features injected into each block, or None for no injection.
     """
