@@ -2,7 +2,7 @@
 
 Read from the top: attention and blocks, the ViT, the decoder with feature injection, and `BootMAE.forward`, which is
 the paper's figure of the architecture. Shapes: B images, N patches of p x p pixels and C channels, V of them visible,
-M = N - V masked; encoder width D, decoder width d. The CLS token is always token 0, so an encoder sequence is 1 + V long.
+M = N - V masked; encoder width D, decoder width d. CLS is always token 0, so an encoder sequence is 1 + V long.
 """
 import copy
 import math
@@ -404,7 +404,7 @@ class BootMAE(nn.Module):
         visible, masked = self.split(images, mask)                                            # (B, V), (B, M) numbers
         patches = patchify(images, self.patch_size)                                           # (B, N, C*p*p)
         masked_patches = torch.take_along_dim(patches, masked[:, :, None], dim=1)             # (B, M, C*p*p)
-        weight = self.patch_weight(mask.to(images.device), masked)                            # (B, M, 1)
+        weight = self.patch_weight(mask.to(images.device, non_blocking=True), masked)         # (B, M, 1)
 
         # Encoder: sees the visible patches alone. Two taps lead to the decoders.
         last, tapped = self.encoder.encode(patches, visible, taps=self.inject)                # (B, 1+V, D)
@@ -450,7 +450,8 @@ class BootMAE(nn.Module):
         if low != high or not 0 < low < shape[1]:
             raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; each must hide the same "
                              f"number, 1 to {shape[1] - 1}")
-        order = mask.byte().argsort(dim=1, stable=True).to(images.device, non_blocking=True)   # (B, N), visible first
+        mask = mask.to(images.device, non_blocking=True)
+        order = mask.byte().argsort(dim=1, stable=True)                                       # (B, N), visible first
         return order[:, :-low], order[:, -low:]
 
     def patch_weight(self, mask: Tensor, masked: Tensor) -> Tensor:

@@ -1187,6 +1187,27 @@ def test_compiled_forward_is_the_same():
     torch.testing.assert_close(*grads)
 
 
+def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
+    call(train, *TRAIN[1:], "--out", tmp_path / "out", "--benchmark")
+    table = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[1:])
+    D, d, N, V = 128, 64, 16, 6  # of 16 patches of 8 x 8, 10 are masked
+
+    def block(tokens, width, context=0, depth=1):  # products of one image: q, k, v, proj and MLP; scores and values
+        cross = 2 * tokens * width**2 + 2 * context * D * width + 2 * tokens * context * width if context else 0
+        return depth * (12 * tokens * width**2 + 2 * tokens**2 * width + cross)
+
+    teacher = N * 192 * D + block(1 + N, D, depth=4)
+    student = V * 192 * D + block(1 + V, D, depth=4)
+    for width, out in (d, 192), (D, D):
+        student += (1 + V) * D * width + block(1 + N, width, 1 + V) + (N - V) * width * out
+    gflop = 2 * (teacher + 3 * student - V * 192 * D) / 1e9  # no gradient is wanted for the images
+    assert float(table["GFLOP an image"]) == pytest.approx(gflop, rel=1e-3)
+    parts = ("  teacher forward", "  student forward and losses", "  backward", "  optimizer and teacher update")
+    assert all(name in table for name in ("images/s", "peak memory a process, GiB", "images/s a loading worker"))
+    assert sum(float(table[name]) for name in parts) == pytest.approx(float(table["ms a step"]), rel=0.01)
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_answers_before_torch_is_imported():
     code = """if True:
         import runpy, sys
