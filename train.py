@@ -156,9 +156,14 @@ def setup(args: argparse.Namespace) -> SimpleNamespace:
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if cuda and env.local_rank >= torch.cuda.device_count():
         fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
-    for name in ("epochs", "batch_size", "accum_steps", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: must be at least 1")
+    at_least = dict.fromkeys(("num_images", "labels_per_class", "depth", "warmup_epochs", "workers"), 0)
+    at_least |= dict.fromkeys(
+        ("epochs", "batch_size", "accum_steps", "save_every", "log_every", "picture_every", "eval_every", "img_size",
+         "patch_size", "decoder_dim", "decoder_depth", "neighbours", "num_val"), 1)
+    for name, least in at_least.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            fail(f"--{name} {value}: must be at least {least}")
     if args.batch_size % (env.world_size * args.accum_steps):
         fail(f"--batch_size {args.batch_size} is not divisible by {env.world_size} processes x --accum_steps "
              f"{args.accum_steps}")
@@ -542,7 +547,7 @@ def main(args: argparse.Namespace) -> None:
             weighted_loss=bool(args.weighted_loss),
         )
         num_patches = math.prod(model.grid)
-        if not 0 < round(args.mask_ratio * num_patches) < num_patches:
+        if not 0.5 / num_patches < args.mask_ratio < 1 - 0.5 / num_patches:
             raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
                              "and one visible")
         source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
