@@ -39,11 +39,14 @@ from train import (
     add_common_flags,
     add_recipe_flags,
     apply_recipe,
+    check_agreement,
     check_broken,
+    check_ranges,
     check_weights,
     cosine_lr,
     fail,
     load,
+    load_optimizer,
     make_loader,
     make_out,
     name_broken,
@@ -107,17 +110,19 @@ HELP = dict(
     model_ema="momentum of the averaged model (0: none)",
     labels_per_class="use only so many training images of each class (0: all)",
 )
-FIXED = ("model", "img_size", "patch_size", "depth", "linear", "labels_per_class")  # what a resumed run may not change
+FIXED = (  # what a resumed run may not change
+    "model", "img_size", "patch_size", "depth", "linear", "scratch", "teacher", "labels_per_class", "num_classes",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="finetune.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with train/ and val/ or test/ (default: built-in images)")
     parser.add_argument("--recipe", choices=RECIPES, help="default: imagenet with --data, else shapes")
     parser.add_argument("--init", help="file with weights (default: output/RECIPE/encoder.pt, as train.py writes it)")
     parser.add_argument("--teacher", action="store_true", help="--init: take the teacher's weights, not the student's")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--scratch", action="store_true", help="random weights instead of --init")
+    parser.add_argument("--scratch", action="store_true", help="random weights instead of --init")
     parser.add_argument("--linear", action="store_true", help="train a linear layer on the frozen encoder")
     parser.add_argument("--knn", action="store_true", help="classify by nearest neighbours; no training")
     parser.add_argument("--neighbours", type=int, default=20, help="--knn: how many")
@@ -129,6 +134,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.linear + args.knn + args.eval > 1:
         fail("--linear, --knn and --eval are different things to do: give one")
+    if args.scratch and (args.init or args.teacher):
+        fail("--scratch starts from random weights: leave out --init and --teacher, or --scratch")
     args.recipe = args.recipe or ("imagenet" if args.data else "shapes")
     args.mode = "linear" if args.linear else "knn" if args.knn else "eval" if args.eval else "finetune"
     if not args.init and not args.scratch:
@@ -138,8 +145,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval and args.scratch:
         fail("--eval --scratch: random weights have nothing to evaluate; give --init FILE")
     args.out = args.out or os.path.join("output", f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}")
-    args.asked_model, args.asked_patch_size = args.model, args.patch_size
-    return apply_recipe(args, LINEAR if args.linear else RECIPES)
+    args.asked_model, args.asked_patch_size, args.asked_depth = args.model, args.patch_size, args.depth
+    args = check_ranges(apply_recipe(args, LINEAR if args.linear else RECIPES))
+    if args.linear and args.model_ema:
+        fail("--model_ema: a linear probe has no moving average; leave it out")
+    if args.asked_depth and args.mode in ("finetune", "eval"):
+        fail(f"--depth {args.asked_depth}: only --linear and --knn cut the encoder")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +165,7 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
     """
     content = load(path)
     state = content.get("model", content) if isinstance(content, dict) else {}
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         fail(f"{path} holds no state_dict of a ViT")
     if any(key.endswith("q_bias") for key in state):  # the authors' layout
         try:
@@ -172,12 +184,18 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
 
 def sizes_of(state: dict[str, Tensor], path: str) -> dict:
     """Sizes of the ViT that a state_dict belongs to, for `ViT(**sizes)`; exits, naming the file, if it fits none."""
+    if any(key.startswith("features.encoder.") for key in state):
+        fail(f"{path} is of a linear probe; --init takes the encoder that it was trained on")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     missing = [key for key in needed if key not in state]
     if missing:
         fail(f"{path} fits no ViT: it has no {missing[0]}")
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    try:
+        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        assert state["pos_embed"].ndim == 3
+    except (ValueError, IndexError, AssertionError):
+        fail(f"{path} fits no ViT: its tensors have other names or shapes")
     for name, size in SIZES.items():
         if (size["embed_dim"], size["depth"]) == (embed_dim, depth):
             return dict(model=name, patch_size=patch_size, in_chans=in_chans)
@@ -211,6 +229,8 @@ def fill(model: ViT, state: dict[str, Tensor], path: str) -> str:
 def get_data(args: argparse.Namespace):
     """Training and validation images, as sources of `data.Samples`. Raises ValueError if they can't be had."""
     if args.data:
+        if not os.path.isdir(os.path.join(args.data, "train")):
+            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/, and has no train/")
         train = data.ImageFolder(os.path.join(args.data, "train"))
         held_out = next((name for name in ("val", "test") if os.path.isdir(os.path.join(args.data, name))), None)
         if held_out is None:
@@ -327,7 +347,7 @@ def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]
             logits = model(to_device(images, env))                                    # (b, num_classes)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices                    # (b, 5)
         right = best == labels[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum(), right.new_tensor(len(right), dtype=torch.int64)])
+        counts += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(right[:, 0]).sum()])
     model.train()
     top1, top5, number = total(counts, env).tolist()
     return dict(top1=100 * top1 / number, top5=100 * top5 / number)
@@ -336,13 +356,13 @@ def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]
 @torch.no_grad()
 def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNamespace) -> tuple[Tensor, Tensor]:
     """Features (n, D) and labels (n,) of every image, on every process."""
-    features, labels = [], []
+    features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
     loader = eval_loader(source, args, env)
     for images, batch_labels, _ in tqdm(loader, disable=None if env.is_main else True, leave=False):
         with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
-            features.append(model(to_device(images, env)))
+            features.append(model(to_device(images, env)).cpu())
         labels.append(batch_labels)
-    mine = torch.cat(features).cpu(), torch.cat(labels)
+    mine = torch.cat(features), torch.cat(labels)
     if env.world_size == 1:
         return mine
     shares = [None] * env.world_size
@@ -360,7 +380,7 @@ def knn(
     std, mean = torch.std_mean(train, dim=0)
     train, val = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (train, val))
     right1 = right5 = 0
-    for some, labels in zip(val.split(1024), val_labels.split(1024)):
+    for some, labels in zip(val.split(128), val_labels.split(128)):
         similarity, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)                       # (b, k)
         votes = torch.zeros(len(some), num_classes).scatter_add(1, train_labels[nearest], (similarity / 0.07).exp())
         best = votes.topk(min(5, num_classes), dim=1).indices
@@ -448,6 +468,8 @@ def main(args: argparse.Namespace) -> None:
         fail(str(error))
     if state is not None:
         line = fill(model, state, args.init)
+        if args.eval and "new: nothing" not in line:
+            fail(f"--eval: {line}: not a whole classifier of this kind; fine-tune it instead")
         if env.is_main:
             print(line)
 
@@ -481,15 +503,17 @@ def main(args: argparse.Namespace) -> None:
     # ---- resume
     checkpoint_path = os.path.join(args.out, "checkpoint.pt")
     config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers")}
+    config["num_classes"] = num_classes
     # Sums over this epoch so far: loss, steps with a finite loss, broken samples
     step, log, best, sums = 0, [], -1.0, torch.zeros(3, dtype=torch.float64, device=env.device)
     if os.path.exists(checkpoint_path) and not args.fresh:
         checkpoint = read_checkpoint(checkpoint_path, config, FIXED, steps_per_epoch)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty unless that was fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         if ema is not None:
-            ema.load_state_dict(checkpoint["ema"])
+            ema.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         step, log, best = checkpoint["step"], checkpoint["log"], checkpoint["best"]
         if env.is_main:
             sums += checkpoint["sums"].to(env.device)
@@ -499,10 +523,12 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- processes
     start_processes(env)
+    check_agreement(step, args, env)
     if env.is_main:
         print(f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes, {total_steps} steps, "
               f"{env.world_size} x {env.device.type}, {env.dtype or torch.float32}")
-        make_out(args, config)
+        if step < total_steps:
+            make_out(args, config)
     network = wrap(model, args, env)
     batches = data.Batches(len(train), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
                            env.world_size)
@@ -582,6 +608,7 @@ def main(args: argparse.Namespace) -> None:
         # ---- end of an epoch
         mean_loss, finite, broken_count = total(sums, env).tolist()
         check_broken(broken_count, samples, named)
+        check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         speed = (step - began_step) * args.batch_size / (time.time() - began)
         bar.close()
         line = dict(epoch=epoch + 1, loss=mean_loss / max(finite, 1), lr=lr, images_per_s=speed,

@@ -53,7 +53,7 @@ def block_mask(
     masks = []
     for _ in range(batch):
         mask = covered = tries = 0
-        while covered < target and tries < 200:  # where the grid is tiny, no rectangle may fit: give up, fill up below
+        while covered < target and tries < 1000:  # the last few may fit nowhere: then they are filled in below
             tries += 1
             area = num_patches * (min_area + (max_area - min_area) * uniform())
             aspect = math.exp(log_aspect * (2 * uniform() - 1))

@@ -324,7 +324,8 @@ class Output:
     pixel_loss, feature_loss: scalars, over the masked patches (feature_loss is 0 without a feature target).
     pixels (B, N, C*p*p): the predicted pixels of each patch in image order, normalised as `normalize_patches` does.
     features (B, N, D): the predicted teacher features (None without a feature target).
-    The loss needs the masked patches alone, so the last two are made only when they are read.
+    The loss needs the masked patches alone, so the last two are made only when they are read: before the optimizer
+    changes the weights.
     """
 
     def __init__(self, pixel_loss: Tensor, feature_loss: Tensor, model: "BootMAE", order: Tensor, tokens: tuple):
@@ -332,6 +333,7 @@ class Output:
         self._model, self._order, self._tokens = model, order, tokens
 
     def _predict(self, decoder: Decoder, tokens: Tensor) -> Tensor:
+        """Predictions for tokens (B, N, d), put back into image order by undoing `order`: (B, N, out_dim)."""
         return torch.take_along_dim(decoder.predict(tokens), self._order.argsort(dim=1)[:, :, None], dim=1)
 
     @property
@@ -415,6 +417,7 @@ class BootMAE(nn.Module):
         pixel_tokens = self.regressor(latent, shallow, masked)                                # (B, N, d), masked last
         pixels = self.regressor.predict(pixel_tokens[:, visible.shape[1]:])                   # (B, M, C*p*p)
         pixel_target = normalize_patches(masked_patches, self.patch_size)                     # (B, M, C*p*p)
+        # The mean over the masked patches: the same as over all, where w is 0, divided by mean(m).
         pixel_loss = (weight * (pixels.float() - pixel_target) ** 2).mean()
 
         feature_tokens, feature_loss = None, torch.zeros_like(pixel_loss)

@@ -1076,6 +1076,24 @@ def test_a_finished_run_stays_finished(finished, capsys):
     assert torch.load(finished / "checkpoint.pt", weights_only=True)["step"] == 6
 
 
+def test_settings_that_may_change_are_those_of_the_new_call(finished):
+    call(train, *TRAIN[1:], "--out", finished, "--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6)
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and tuple(groups[0]["betas"]) == (0.5, 0.6)
+    assert checkpoint["step"] == 24 and checkpoint["scaler"]["scale"] > 0
+
+
+def test_processes_must_share_the_output_folder(tmp_path):
+    """Rank 0 finds a finished epoch, rank 1 nothing: they would wait for each other for ever."""
+    finish(launch(*TRAIN, "--epochs", 1, "--out", tmp_path / "run0"))
+    code = f"import os, runpy, sys; sys.argv = {[*map(str, TRAIN), '--out']} + [{str(tmp_path / 'run')!r} + os.environ['RANK']]"
+    (tmp_path / "start.py").write_text(f"{code}\nsys.path.insert(0, {HERE!r})\nrunpy.run_path('train.py', run_name='__main__')")
+    process = launch(tmp_path / "start.py", processes=2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "different steps [0, 6]" in err
+
+
 def test_a_checkpoint_of_another_run_is_refused(finished, capsys):
     line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--decoder_dim", 32, "--inject", 0, 0)
     assert "--decoder_dim 64" in line and "--inject (1, -1)" in line
@@ -1113,7 +1131,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys):
 
 def test_weights_that_are_not_finite_are_never_saved(finished, capsys):
     before = (finished / "checkpoint.pt").read_bytes()
-    line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--epochs", 6, "--base_lr", 1e30, code=1)
+    line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--epochs", 6, "--base_lr", 1e29, code=1)
     assert "finite" in line and "lr" in line and (finished / "checkpoint.pt").read_bytes() == before
 
 
@@ -1152,6 +1170,12 @@ def test_broken_images_are_named_and_replaced(tmp_path, capsys):
     (["--inject", 1, 9], "1 to 4"),
     (["--accum_steps", 3], "--accum_steps 3"),
     (["--mask_ratio", "nan"], "--mask_ratio nan"),
+    (["--momentum", 0.9, 0.99, 2], "--momentum 2"),
+    (["--warmup_epochs", 5], "--warmup_epochs 5"),
+    (["--crop_scale", 1, 0.5], "--crop_scale 1"),
+    (["--data", ""], "--data is empty"),
+    (["--num_images", 0], "--num_images 0"),
+    (["--num", 48], "--num"),
     (["--batch_size", 0], "--batch_size 0"),
     (["--patch_size", 0], "--patch_size 0"),
     (["--picture_every", 0], "--picture_every 0"),
@@ -1415,6 +1439,23 @@ def test_linear_probe_runs_and_resumes(unbroken, tmp_path, capsys):
     assert "going on" in capsys.readouterr().out and len(result(tmp_path)[1]) == 4
 
 
+def test_weights_that_are_not_finite_never_become_the_best(unbroken, tmp_path, capsys):
+    weights = torch.load(unbroken / "encoder.pt", weights_only=True)
+    weights["cls_token"].fill_(math.nan)
+    torch.save(weights, tmp_path / "nan.pt")
+    flags = ["--init", tmp_path / "nan.pt", "--out", tmp_path / "out", *TUNE]
+    assert "finite" in refused(capsys, finetune, *flags, code=1)
+    assert not (tmp_path / "out" / "best.pt").exists()
+
+
+def test_a_model_average_can_begin_later(unbroken, tmp_path):
+    flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE]
+    call(finetune, *flags, "--epochs", 1, "--model_ema", 0)
+    call(finetune, *flags, "--epochs", 2)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "top1_ema" not in log[0] and "top1_ema" in log[1]
+
+
 def test_labels_per_class_is_a_fixed_subset():
     args = finetune.parse_args(["--scratch", *TUNE])
     train_set, val_set = finetune.get_data(args)
@@ -1444,6 +1485,7 @@ def test_bad_data_is_named(tmp_path, capsys):
     assert "stray.png" in refused(capsys, finetune, "--data", c, *flags)
     assert "--init" in refused(capsys, finetune, *TUNE[2:], "--recipe", "imagenet_large")
     assert "--batch_size" in refused(capsys, finetune, "--scratch", *TUNE, "--batch_size", 64)
+    assert "--scratch" in refused(capsys, finetune, "--scratch", "--init", "x", *TUNE)
     assert "give one" in refused(capsys, finetune, "--scratch", *TUNE, "--knn", "--linear")
     assert "--depth 9" in refused(capsys, finetune, "--scratch", *TUNE, "--knn", "--depth", 9)
     assert not (tmp_path / "out").exists()

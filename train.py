@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -64,15 +65,28 @@ HELP = dict(
 ARCHITECTURE = ("model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "inject", "feature_target")
 
 
+RANGES = dict(  # of all flags that are numbers, here and in finetune.py; NaN is in none
+    img_size=(1, 1e5), patch_size=(1, 1e4), decoder_dim=(4, 1e5), decoder_depth=(1, 100), mask_ratio=(0, 1),
+    feature_target=(0, 1), weighted_loss=(0, 1), feature_ramp=(0, 1), momentum=(0, 1), crop_scale=(1e-6, 1),
+    crop_ratio=(0.05, 1), epochs=(1, 1e9), warmup_epochs=(0, 1e9), batch_size=(1, 1e9), accum_steps=(1, 1e9),
+    lr=(0, 1e30), base_lr=(0, 1e30), min_lr=(0, 1e30), weight_decay=(0, 1e9), betas=(0, 0.9999999),
+    layer_decay=(1e-3, 1), drop_path=(0, 0.99),
+    mixup=(0, 1e3), cutmix=(0, 1e3), smoothing=(0, 1), rand_augment=(0, 10), erasing=(0, 1),
+    model_ema=(0, 0.9999999), labels_per_class=(0, 1e9), num_images=(0, 1e9), num_val=(1, 1e9), neighbours=(1, 1e9),
+    depth=(0, 1e3), save_every=(1, 1e9), log_every=(1, 1e9), picture_every=(1, 1e9), eval_every=(1, 1e9),
+    workers=(0, 1e3), seed=(0, 2**40),
+)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fail(message)
 
 
 def fail(message: str, code: int = 2, everywhere: bool = False):
-    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong. One process speaks for all,
-    unless `everywhere`: what happens to one alone."""
-    if everywhere or int(os.environ.get("RANK", 0)) == 0:
+    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong. One process of each machine
+    speaks for all, unless `everywhere`: what happens to one alone."""
+    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -92,6 +106,22 @@ def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict]) -> argparse
     return args
 
 
+def check_ranges(args: argparse.Namespace) -> argparse.Namespace:
+    """Exit, naming the flag, if a number is out of its range."""
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (None, None))
+        for number in value if isinstance(value, tuple) else (value,):
+            if low is not None and number is not None and not low <= number <= high:
+                fail(f"--{name} {number}: must be {low:g} to {high:g}")
+    if args.warmup_epochs > args.epochs:
+        fail(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: give fewer")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        fail(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: the smaller one comes first")
+    if args.data == "":
+        fail("--data is empty: name a folder, or leave it out for the built-in images")
+    return args
+
+
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for everything that is written")
     parser.add_argument("--fresh", action="store_true", help="start over, even where there is a checkpoint")
@@ -106,7 +136,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of images, nested or flat (default: built-in images)")
     parser.add_argument("--recipe", choices=RECIPES, help="default: imagenet with --data, else shapes")
     parser.add_argument("--benchmark", action="store_true", help="time steps and loading, print a table, train nothing")
@@ -116,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.recipe = args.recipe or ("imagenet" if args.data else "shapes")
     args.out = args.out or os.path.join("output", args.recipe)
-    return apply_recipe(args, RECIPES)
+    return check_ranges(apply_recipe(args, RECIPES))
 
 
 if __name__ == "__main__":
@@ -154,16 +185,8 @@ def setup(args: argparse.Namespace) -> SimpleNamespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
     cuda = torch.cuda.is_available() and args.device != "cpu"
-    if cuda and env.local_rank >= torch.cuda.device_count():
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
-    at_least = dict.fromkeys(("num_images", "labels_per_class", "depth", "warmup_epochs", "workers"), 0)
-    at_least |= dict.fromkeys(
-        ("epochs", "batch_size", "accum_steps", "save_every", "log_every", "picture_every", "eval_every", "img_size",
-         "patch_size", "decoder_dim", "decoder_depth", "neighbours", "num_val"), 1)
-    for name, least in at_least.items():
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            fail(f"--{name} {value}: must be at least {least}")
     if args.batch_size % (env.world_size * args.accum_steps):
         fail(f"--batch_size {args.batch_size} is not divisible by {env.world_size} processes x --accum_steps "
              f"{args.accum_steps}")
@@ -178,7 +201,7 @@ def setup(args: argparse.Namespace) -> SimpleNamespace:
     env.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if cuda:
         torch.cuda.set_device(env.device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
     return env
 
 
@@ -190,6 +213,16 @@ def start_processes(env: SimpleNamespace) -> None:
         # After `torchrun --max_restarts` brought a killed process back, the store still has the addresses of the dead.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def check_agreement(step: int, args: argparse.Namespace, env: SimpleNamespace) -> None:
+    """Processes that found different checkpoints would wait for one another for ever."""
+    if env.world_size > 1:
+        steps = [None] * env.world_size
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            fail(f"--out {args.out}: processes found checkpoints of different steps {sorted(set(steps))}; it must be a "
+                 "folder that all machines share")
 
 
 def total(x: Tensor, env: SimpleNamespace) -> Tensor:
@@ -301,6 +334,14 @@ def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_e
     return checkpoint
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over the moments, but not the settings: those are this call's."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group |= own
+
+
 def check_weights(model: torch.nn.Module, what: str, path: str) -> None:
     """End the run rather than save weights that are not finite over good ones."""
     norms = torch.stack(torch._foreach_norm(list(model.parameters())))
@@ -315,7 +356,11 @@ def wrap(model: torch.nn.Module, args: argparse.Namespace, env: SimpleNamespace)
     """The model as it is called in training: distributed, compiled, or neither. Its parameters stay `model`'s own."""
     if env.world_size > 1:
         devices = [env.local_rank] if env.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
+            model = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     return torch.compile(model) if args.compile else model
 
 
@@ -550,6 +595,8 @@ def main(args: argparse.Namespace) -> None:
         if not 0.5 / num_patches < args.mask_ratio < 1 - 0.5 / num_patches:
             raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
                              "and one visible")
+        if not args.data and not args.num_images:
+            raise ValueError("--num_images 0: say how many built-in images to draw")
         source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
         if args.data and 0 < args.num_images < len(source):
             source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
@@ -582,8 +629,9 @@ def main(args: argparse.Namespace) -> None:
     if os.path.exists(checkpoint_path) and not args.fresh:
         checkpoint = read_checkpoint(checkpoint_path, config, ARCHITECTURE, steps_per_epoch)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty unless that was fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         step, log = checkpoint["step"], checkpoint["log"]
         if env.is_main:
             sums += checkpoint["sums"].to(env.device)
@@ -593,10 +641,12 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- processes
     start_processes(env)
+    check_agreement(step, args, env)
     if env.is_main:
         print(f"{args.recipe}: {len(source)} images, {total_steps} steps, {env.world_size} x {env.device.type}, "
               f"{env.dtype or torch.float32}")
-        make_out(args, config)
+        if step < total_steps:
+            make_out(args, config)
     network = wrap(model, args, env)
     batches = data.Batches(len(source), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
                            env.world_size)
@@ -640,6 +690,7 @@ def main(args: argparse.Namespace) -> None:
                         loss = out.pixel_loss + feature_weight * out.feature_loss
                     scaler.scale(loss / args.accum_steps).backward()
                 row[:2] += torch.stack([out.pixel_loss, out.feature_loss]).detach() / args.accum_steps
+            del out, loss  # and with them what the decoders made, before the next step makes it anew
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -672,6 +723,7 @@ def main(args: argparse.Namespace) -> None:
         pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
         speed = (step - began_step) * args.batch_size / (time.time() - began)
         check_broken(broken_count, samples, named)
+        check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         bar.close()
         log.append(dict(
             epoch=epoch + 1, pixel_loss=pixel_loss / max(finite, 1), feature_loss=feature_loss / max(finite, 1), lr=lr,
