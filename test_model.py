@@ -1077,7 +1077,8 @@ def test_a_finished_run_stays_finished(finished, capsys):
 
 
 def test_settings_that_may_change_are_those_of_the_new_call(finished):
-    call(train, *TRAIN[1:], "--out", finished, "--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6)
+    changed = ["--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6]
+    call(train, *TRAIN[1:], "--out", finished, *changed)
     checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
     groups = checkpoint["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and tuple(groups[0]["betas"]) == (0.5, 0.6)
@@ -1087,8 +1088,12 @@ def test_settings_that_may_change_are_those_of_the_new_call(finished):
 def test_processes_must_share_the_output_folder(tmp_path):
     """Rank 0 finds a finished epoch, rank 1 nothing: they would wait for each other for ever."""
     finish(launch(*TRAIN, "--epochs", 1, "--out", tmp_path / "run0"))
-    code = f"import os, runpy, sys; sys.argv = {[*map(str, TRAIN), '--out']} + [{str(tmp_path / 'run')!r} + os.environ['RANK']]"
-    (tmp_path / "start.py").write_text(f"{code}\nsys.path.insert(0, {HERE!r})\nrunpy.run_path('train.py', run_name='__main__')")
+    code = f"""if True:
+        import os, runpy, sys
+        sys.path.insert(0, {HERE!r})
+        sys.argv = {[*TRAIN, "--out"]} + [{str(tmp_path / "run")!r} + os.environ["RANK"]]
+        runpy.run_path("train.py", run_name="__main__")"""
+    (tmp_path / "start.py").write_text(code)
     process = launch(tmp_path / "start.py", processes=2)
     _, err = process.communicate(timeout=60)
     assert process.returncode and "different steps [0, 6]" in err
