@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -101,7 +102,8 @@ HELP = dict(
     depth="--linear, --knn: use the output of this block, from 1 (0: the last)",
     epochs="length of the run", batch_size="images a step, over all processes and --accum_steps",
     lr="peak learning rate (0: take --base_lr)", base_lr="peak learning rate for 256 images; scales with --batch_size",
-    min_lr="learning rate at the end", warmup_epochs="linear warm-up from 0", weight_decay="on matrices only",
+    min_lr="learning rate at the end, or the peak if that is lower", warmup_epochs="linear warm-up from 0",
+    weight_decay="not on biases, norms and CLS token",
     betas="of AdamW", layer_decay="the learning rate shrinks by this from a block to the one below",
     drop_path="chance to skip a branch, in the last block", mixup="alpha of mixup (0: off)",
     cutmix="alpha of CutMix (0: off)", smoothing="label smoothing", rand_augment="magnitude (0: off)",
@@ -111,7 +113,8 @@ HELP = dict(
     labels_per_class="use only so many training images of each class (0: all)",
 )
 FIXED = (  # what a resumed run may not change
-    "model", "img_size", "patch_size", "depth", "linear", "scratch", "teacher", "labels_per_class", "num_classes",
+    "model", "img_size", "patch_size", "depth", "linear", "scratch", "init", "teacher", "labels_per_class",
+    "num_classes", "seed",
 )
 
 
@@ -146,6 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail("--eval --scratch: random weights have nothing to evaluate; give --init FILE")
     args.out = args.out or os.path.join("output", f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}")
     args.asked_model, args.asked_patch_size, args.asked_depth = args.model, args.patch_size, args.depth
+    args.asked_img_size = args.img_size
     args = check_ranges(apply_recipe(args, LINEAR if args.linear else RECIPES))
     if args.linear and args.model_ema:
         fail("--model_ema: a linear probe has no moving average; leave it out")
@@ -168,6 +172,8 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         fail(f"{path} holds no state_dict of a ViT")
     if any(key.endswith("q_bias") for key in state):  # the authors' layout
+        if teacher and not content.get("model_ema"):
+            fail(f"--teacher: {path} was saved without one (no model_ema)")
         try:
             state = from_official(content)
         except (ValueError, KeyError) as error:
@@ -183,7 +189,10 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
 
 
 def sizes_of(state: dict[str, Tensor], path: str) -> dict:
-    """Sizes of the ViT that a state_dict belongs to, for `ViT(**sizes)`; exits, naming the file, if it fits none."""
+    """Sizes of the ViT that a state_dict belongs to; exits, naming the file, if it fits none.
+
+    model (a name in SIZES), patch_size, in_chans, and img_size: the side, or None if the images were not square.
+    """
     if any(key.startswith("features.encoder.") for key in state):
         fail(f"{path} is of a linear probe; --init takes the encoder that it was trained on")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
@@ -193,12 +202,14 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
     try:
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        img_size = side * patch_size if state["pos_embed"].shape[1:] == (side**2 + 1, embed_dim) else None
         assert state["pos_embed"].ndim == 3
     except (ValueError, IndexError, AssertionError):
         fail(f"{path} fits no ViT: its tensors have other names or shapes")
     for name, size in SIZES.items():
         if (size["embed_dim"], size["depth"]) == (embed_dim, depth):
-            return dict(model=name, patch_size=patch_size, in_chans=in_chans)
+            return dict(model=name, patch_size=patch_size, in_chans=in_chans, img_size=img_size)
     fail(f"{path} has {depth} blocks of width {embed_dim}, which none of model.py's SIZES has: add a line for it")
 
 
@@ -226,22 +237,41 @@ def fill(model: ViT, state: dict[str, Tensor], path: str) -> str:
 # Data
 
 
+def read_classes(path: str) -> list[str] | None:
+    """Class names of the classifier in the file `path`, from the classes.json beside it, if there is one."""
+    path = os.path.join(os.path.dirname(path), "classes.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; remove it, and the folders of --data name the classes") from error
+
+
 def get_data(args: argparse.Namespace):
-    """Training and validation images, as sources of `data.Samples`. Raises ValueError if they can't be had."""
+    """Training and validation images, as sources of `data.Samples`; for --eval only the latter count.
+
+    Raises ValueError if they can't be had.
+    """
     if args.data:
-        if not os.path.isdir(os.path.join(args.data, "train")):
-            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/, and has no train/")
-        train = data.ImageFolder(os.path.join(args.data, "train"))
         held_out = next((name for name in ("val", "test") if os.path.isdir(os.path.join(args.data, name))), None)
         if held_out is None:
-            raise ValueError(f"--data {args.data}: no val/ (or test/) beside train/")
-        val = data.ImageFolder(os.path.join(args.data, held_out), train.classes)
+            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), and has no val/")
+        held_out = os.path.join(args.data, held_out)
+        if args.eval:  # the classes are those of the classifier, if it was trained here
+            train = val = data.ImageFolder(held_out, read_classes(args.init))
+        elif os.path.isdir(os.path.join(args.data, "train")):
+            train = data.ImageFolder(os.path.join(args.data, "train"))
+            val = data.ImageFolder(held_out, train.classes)
+        else:
+            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), and has no train/")
         for source in train, val:
             if min(source.labels) < 0:
                 raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class folder; classification "
                                  "needs train/CLASS/ and val/CLASS/")
     else:  # validation images have numbers that pretraining never sees
-        train = data.Shapes(args.labels_per_class * len(data.SHAPES) or 2400, args.img_size)
+        train = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), args.img_size)
         val = data.Shapes(args.num_val, args.img_size, start=1_000_000 - 1_000_000 % len(data.SHAPES))
     if args.labels_per_class:
         rng = random.Random(f"{args.seed} labels")
@@ -336,12 +366,20 @@ def average_statistics(model: nn.Module, env: SimpleNamespace) -> None:
             module.running_var = total(module.running_var, env) / env.world_size
 
 
+def readable(loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of each batch, without the files that can't be read: those are named."""
+    for images, labels, broken in loader:
+        if name_broken(broken, loader.dataset):
+            images, labels = images[broken < 0], labels[broken < 0]
+        yield images, labels
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]:
-    """top1 and top5 in per cent, over all images of all processes."""
+    """top1 and top5 in per cent, over all images of all processes, and how many those are."""
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=env.device)  # right, right among five, images
-    for images, labels, _ in loader:
+    for images, labels in readable(loader):
         labels = labels.to(env.device, non_blocking=True)
         with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
             logits = model(to_device(images, env))                                    # (b, num_classes)
@@ -350,15 +388,16 @@ def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]
         counts += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(right[:, 0]).sum()])
     model.train()
     top1, top5, number = total(counts, env).tolist()
-    return dict(top1=100 * top1 / number, top5=100 * top5 / number)
+    return dict(images=number, top1=100 * top1 / max(number, 1), top5=100 * top5 / max(number, 1))
 
 
 @torch.no_grad()
 def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Features (n, D) and labels (n,) of every image, on every process."""
+    """Features (n, D) and labels (n,) of every image that can be read, on every process."""
     features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
     loader = eval_loader(source, args, env)
-    for images, batch_labels, _ in tqdm(loader, disable=None if env.is_main else True, leave=False):
+    bar = tqdm(readable(loader), total=len(loader), disable=None if env.is_main else True, leave=False)
+    for images, batch_labels in bar:
         with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
             features.append(model(to_device(images, env)).cpu())
         labels.append(batch_labels)
@@ -447,6 +486,8 @@ def main(args: argparse.Namespace) -> None:
                 if asked not in (None, found[name]):
                     fail(f"--{name} {asked}: {args.init} has {name} {found[name]}")
             args.model, args.patch_size = found["model"], found["patch_size"]
+            if args.eval and args.asked_img_size is None:
+                args.img_size = found["img_size"] or args.img_size
         if args.model not in SIZES:
             raise ValueError(f"--model {args.model}: choose one of {', '.join(SIZES)}")
         train, val = get_data(args)
@@ -481,9 +522,9 @@ def main(args: argparse.Namespace) -> None:
         else:
             model = Features(model, depth).eval().to(env.device)
             known, asked = extract(model, train, args, env), extract(model, val, args, env)
-            result = knn(*known, *asked, num_classes, args.neighbours)
+            result = dict(images=len(asked[0])) | knn(*known, *asked, num_classes, args.neighbours)
         if env.is_main:
-            print(json.dumps(dict(images=len(val), **result)))
+            print(json.dumps(result))
         return
 
     # ---- data, model and optimizer
@@ -502,7 +543,8 @@ def main(args: argparse.Namespace) -> None:
 
     # ---- resume
     checkpoint_path = os.path.join(args.out, "checkpoint.pt")
-    config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers")}
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("fresh", "workers") and not name.startswith("asked_")}
     config["num_classes"] = num_classes
     # Sums over this epoch so far: loss, steps with a finite loss, broken samples
     step, log, best, sums = 0, [], -1.0, torch.zeros(3, dtype=torch.float64, device=env.device)
@@ -529,12 +571,13 @@ def main(args: argparse.Namespace) -> None:
               f"{env.world_size} x {env.device.type}, {env.dtype or torch.float32}")
         if step < total_steps:
             make_out(args, config)
+            save(json.dumps(train.classes).encode(), os.path.join(args.out, "classes.json"))
     network = wrap(model, args, env)
     batches = data.Batches(len(train), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
                            env.world_size)
     stream = iter(make_loader(samples, batches, args, env)) if step < total_steps else None
     val_loader = eval_loader(val, args, env)
-    stop, named = StopRequest(env), set()
+    stop = StopRequest(env)
     recent = torch.zeros((), device=env.device)  # steps with a finite loss since the last look
     peak = args.lr or args.base_lr * args.batch_size / 256
 
@@ -564,7 +607,7 @@ def main(args: argparse.Namespace) -> None:
             row = torch.zeros_like(sums)
             for part in range(args.accum_steps):
                 images, labels, broken = next(stream)
-                if count := name_broken(broken, samples, named):
+                if count := name_broken(broken, samples):
                     sums[2] += count
                 images, labels = to_device(images, env), labels.to(env.device, non_blocking=True)
                 if args.erasing:
@@ -595,9 +638,9 @@ def main(args: argparse.Namespace) -> None:
                 mean_loss, finite, broken_count = total(sums, env).tolist()
                 if total(recent, env).item() == 0:
                     fail(f"no finite loss in the last {args.log_every} steps, up to step {step}: loss {row[0].item()}, "
-                         f"lr {lr:.2e}; {checkpoint_path} was left as it was. {CURE}", code=1)
+                         f"lr {lr:.2e}; nothing was saved over {checkpoint_path}. {CURE}", code=1)
                 recent.zero_()
-                check_broken(broken_count, samples, named)
+                check_broken(broken_count, samples)
                 bar.set_postfix_str(f"loss {mean_loss / max(finite, 1):.4f} lr {lr:.1e}")
             if stop.agreed():
                 bar.close()
@@ -607,7 +650,7 @@ def main(args: argparse.Namespace) -> None:
 
         # ---- end of an epoch
         mean_loss, finite, broken_count = total(sums, env).tolist()
-        check_broken(broken_count, samples, named)
+        check_broken(broken_count, samples)
         check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         speed = (step - began_step) * args.batch_size / (time.time() - began)
         bar.close()
@@ -618,7 +661,8 @@ def main(args: argparse.Namespace) -> None:
             average_statistics(model, env)
             line |= evaluate(model, val_loader, env)
             if ema is not None:
-                line |= {f"{name}_ema": value for name, value in evaluate(ema, val_loader, env).items()}
+                average = evaluate(ema, val_loader, env)
+                line |= dict(top1_ema=average["top1"], top5_ema=average["top5"])
             if max(line["top1"], line.get("top1_ema", 0)) > best:
                 best = max(line["top1"], line.get("top1_ema", 0))
                 better = model if best == line["top1"] else ema

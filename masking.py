@@ -33,7 +33,7 @@ def block_mask(
 ) -> Tensor:
     """Mask rectangles of patches until `cover` of the grid is masked, then random patches up to `num_masked`.
 
-    The fractions of the grid are the paper's 120, 16 and 60 patches of 14 x 14; `min_aspect` .. 1 /
+    The fractions of the grid are the published recipe's 120, 16 and 60 patches of 14 x 14; `min_aspect` .. 1 /
     `min_aspect` bounds height / width, log-uniformly. A rectangle is put down only if it masks something new, and no
     more than is still wanted.
 

@@ -88,7 +88,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, dim), and for cross-attention (B, S, context_dim), to (B, T, dim)."""
+        """T tokens (B, T, dim), and for cross-attention S of the context (B, S, context_dim), to (B, T, dim).
+
+        h heads of width w.
+        """
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)                               # (B, T, h*w) each
         else:
@@ -133,7 +136,8 @@ class Block(nn.Module):
 class DecoderBlock(Block):
     """A block with feature injection: cross-attention to encoder features between self-attention and MLP.
 
-    context_dim None leaves the injection out, which makes it a plain block.
+    All tokens of the decoder ask (CLS, visible, masked); CLS and visible tokens of the encoder answer. context_dim None
+    leaves the injection out, which makes it a plain block.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None):
@@ -153,7 +157,8 @@ class DecoderBlock(Block):
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases; for `nn.Module.apply`, which reaches a Linear before its Attention."""
+    """Xavier-uniform matrices, zero biases. `nn.Module.apply` calls it for children first: a Linear, then the Attention
+    that it belongs to, which overwrites q, k and v."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -219,7 +224,7 @@ class ViT(nn.Module):
             self.fc_norm = self.head = nn.Identity()
 
         self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.normal_(self.cls_token, std=1e-6)  # it starts as nothing but gathers what attention brings
         if num_classes:  # nearly zero, so that fine-tuning starts from even odds
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             self.head.weight.data.mul_(0.001)
@@ -306,7 +311,7 @@ class Decoder(nn.Module):
 
         Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
         """
-        visible = self.embed(latent)                              # (B, 1+V, d), the encoder has told it where it is
+        visible = self.embed(latent)                              # (B, 1+V, d), positions come with the latent
         holes = self.mask_token + self.pos_embed[0, 1:][masked]   # (B, M, d), only the position tells these apart
         x = torch.cat([visible, holes], dim=1)                    # (B, 1+N, d)
         for block in self.blocks:
@@ -324,8 +329,8 @@ class Output:
     pixel_loss, feature_loss: scalars, over the masked patches (feature_loss is 0 without a feature target).
     pixels (B, N, C*p*p): the predicted pixels of each patch in image order, normalised as `normalize_patches` does.
     features (B, N, D): the predicted teacher features (None without a feature target).
-    The loss needs the masked patches alone, so the last two are made only when they are read: before the optimizer
-    changes the weights.
+    The losses need the masked patches alone, so the last two are made only when they are read: read them before the
+    optimizer changes the weights. No loss trains their visible patches.
     """
 
     def __init__(self, pixel_loss: Tensor, feature_loss: Tensor, model: "BootMAE", order: Tensor, tokens: tuple):
@@ -361,8 +366,9 @@ class BootMAE(nn.Module):
     img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor is embed_dim wide.
     decoder_num_heads: the encoder's if None. The paper's ablations:
     inject: the encoder blocks whose output the regressor and the predictor attend to (first is 1, last is -1, 0: none).
-    feature_target: False leaves out teacher and predictor; with inject=(0, 0) that is an MAE with a shallow decoder.
-    weighted_loss: False weighs all masked patches alike.
+    feature_target: False leaves out teacher and predictor; with inject=(0, 0) that is an MAE, but for the pixels' being
+    normalised per channel, a shallower decoder, and positions added only to the mask tokens in it.
+    weighted_loss: False weighs all masked patches alike, as MAE does.
     Raises ValueError for sizes that do not fit (see `ViT`), a width not divisible by 4 or a block that is not there.
     """
 
@@ -417,7 +423,7 @@ class BootMAE(nn.Module):
         pixel_tokens = self.regressor(latent, shallow, masked)                                # (B, N, d), masked last
         pixels = self.regressor.predict(pixel_tokens[:, visible.shape[1]:])                   # (B, M, C*p*p)
         pixel_target = normalize_patches(masked_patches, self.patch_size)                     # (B, M, C*p*p)
-        # The mean over the masked patches: the same as over all, where w is 0, divided by mean(m).
+        # A mean over the masked patches. The paper's mean over all, divided by mean(m), is the same: the rest weighs 0.
         pixel_loss = (weight * (pixels.float() - pixel_target) ** 2).mean()
 
         feature_tokens, feature_loss = None, torch.zeros_like(pixel_loss)
@@ -425,7 +431,8 @@ class BootMAE(nn.Module):
             # Feature predictor: the high-level target, with deep features injected.
             feature_tokens = self.predictor(latent, deep, masked)                             # (B, N, D), masked last
             features = self.predictor.predict(feature_tokens[:, visible.shape[1]:])           # (B, M, D)
-            # Momentum teacher: sees the whole image.
+            # Momentum teacher: sees the whole image. Its last norm is left out: `standardize` takes that place, without
+            # a learned scale that could shrink the target.
             with torch.no_grad():
                 taught, _ = self.teacher.encode(patches)                                      # (B, 1+N, D)
                 feature_target = torch.take_along_dim(taught[:, 1:], masked[:, :, None], 1)   # (B, M, D)
@@ -440,7 +447,7 @@ class BootMAE(nn.Module):
         if self.teacher is not None:
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
-    @torch.compiler.disable  # the compiler should see the counts as constants, so that shapes stay static
+    @torch.compiler.disable  # V and M depend on the mask's content; outside the compiled part shapes stay static
     def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
         shape = (len(images), self.grid[0] * self.grid[1])
@@ -458,7 +465,10 @@ class BootMAE(nn.Module):
         return order[:, :-low], order[:, -low:]
 
     def patch_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
-        """Loss weights of the masked patches (B, M, 1): m * avg3(m) + m, more in the middle of a masked region."""
+        """Loss weights of the masked patches (B, M, 1): m * avg3(m) + m, more in the middle of a masked region.
+
+        `masking.loss_weight` is the same; it is repeated here so that this file needs no other.
+        """
         m = mask.float().unflatten(1, self.grid)                                              # (B, rows, columns)
         if self.weighted_loss:
             m = m * F.avg_pool2d(m[:, None], 3, stride=1, padding=1)[:, 0] + m

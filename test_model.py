@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -971,7 +972,8 @@ def assert_same(a, b, **tolerance):
 def unbroken(tmp_path_factory):
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("unbroken")
-    finish(launch(*TRAIN, "--out", out))
+    printed, _ = finish(launch(*TRAIN, "--out", out))
+    (out / "printed.txt").write_text(printed)
     return out
 
 
@@ -1001,6 +1003,8 @@ def test_schedules():
         else:
             assert math.isclose(momentum, 0.9999 + 0.00009 * min(1, (epoch - 100) / 300))
     assert train.parse_args(["--recipe", "imagenet_large"]).momentum[2] == 0.9999
+    small = train.parse_args(["--recipe", "imagenet", "--batch_size", "64"])  # a peak below min_lr
+    assert [train.schedules(progress, 0, small)[0] for progress in (0.05, 0.5, 1)] == [1.5e-4 / 4] * 3
 
 
 def test_weight_decay_spares_biases_norms_and_cls_token():
@@ -1017,7 +1021,9 @@ def test_weight_decay_spares_biases_norms_and_cls_token():
 @pytest.mark.parametrize("flags, processes", [
     (["--workers", 2], 1), (["--accum_steps", 4], 1), ([], 2), (["--accum_steps", 2, "--workers", 1], 2)], ids=str)
 def test_workers_accumulation_and_processes_change_nothing(unbroken, tmp_path, flags, processes):
-    finish(launch(*TRAIN, "--out", tmp_path, *flags, processes=processes))
+    printed, _ = finish(launch(*TRAIN, "--out", tmp_path, *flags, processes=processes))
+    first = re.search("first step.*\n", (unbroken / "printed.txt").read_text())[0]
+    assert first in printed
     state, log = result(tmp_path)
     expected, expected_log = result(unbroken)
     if processes == 1 and "--accum_steps" not in flags:
@@ -1076,9 +1082,11 @@ def test_a_finished_run_stays_finished(finished, capsys):
     assert torch.load(finished / "checkpoint.pt", weights_only=True)["step"] == 6
 
 
-def test_settings_that_may_change_are_those_of_the_new_call(finished):
+def test_settings_that_may_change_are_those_of_the_new_call(finished, capsys):
     changed = ["--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6]
     call(train, *TRAIN[1:], "--out", finished, *changed)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("changed:"))
+    assert "--epochs 4 (was 3)" in said and "--amp fp16 (was auto)" in said and said.count(" (was ") == 5  # and --out
     checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
     groups = checkpoint["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and tuple(groups[0]["betas"]) == (0.5, 0.6)
@@ -1102,6 +1110,8 @@ def test_processes_must_share_the_output_folder(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(finished, capsys):
     line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--decoder_dim", 32, "--inject", 0, 0)
     assert "--decoder_dim 64" in line and "--inject (1, -1)" in line
+    line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--seed", 1, "--mask", "block", "--weighted_loss", 0)
+    assert "--seed 0" in line and "--mask random" in line and "--weighted_loss 1" in line
     assert "6 steps an epoch" in refused(capsys, train, *TRAIN[1:], "--out", finished, "--batch_size", 16)
 
 
@@ -1382,6 +1392,9 @@ def test_weights_of_every_origin(tmp_path, capsys):
         assert words in refused(capsys, finetune, "--init", tmp_path / name, *TUNE, "--out", tmp_path / "out")
     assert "--teacher" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--teacher", *TUNE)
     assert "patch_size 8" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", *TUNE, "--patch_size", 4)
+    theirs = torch.load(tmp_path / "theirs.pth", weights_only=False)
+    torch.save({"model": theirs["model"]}, tmp_path / "alone.pth")
+    assert "no model_ema" in refused(capsys, finetune, "--init", tmp_path / "alone.pth", "--teacher", *TUNE)
     assert "no head" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--eval", *TUNE)
 
 
@@ -1404,6 +1417,14 @@ def test_fine_tuning_writes_what_it_promises(tuned):
     assert Image.open(tuned / "predictions.png").size == (960, 576)
 
 
+def test_another_start_is_another_run(tuned, unbroken, tmp_path, capsys):
+    """Else a finished run's figures would be taken for those of the new weights or seed."""
+    flags = ["--out", tuned, *TUNE, *EVERYTHING]
+    shutil.copy(unbroken / "encoder.pt", tmp_path / "encoder.pt")
+    assert "--init" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", *flags)
+    assert "--seed 0" in refused(capsys, finetune, "--init", unbroken / "encoder.pt", *flags, "--seed", 1)
+
+
 def test_killed_fine_tuning_ends_as_if_nothing_had_happened(unbroken, tuned, tmp_path):
     command = ["finetune.py", "--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE, *EVERYTHING]
     process = launch(*command)
@@ -1422,16 +1443,26 @@ def test_two_processes_count_every_image_once(tuned, mode):
     assert json.loads(one)["images"] == 1003 and one == two
 
 
-def test_evaluate_counts():
+def test_evaluate_counts(capsys):
     logits = torch.randn(23, 9, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(23) % 9
     place = [sorted(range(9), key=lambda n: -row[n]).index(y) for row, y in zip(logits.tolist(), labels.tolist())]
-    loader = [(torch.arange(a, b).byte().view(-1, 1), labels[a:b], None) for a, b in ((0, 10), (10, 20), (20, 23))]
+    broken = torch.full((23,), -1)
+    broken[[3, 12, 13]] = torch.tensor([3, 12, 13])  # can't be read: others stand in for them, and must not be counted
+    place = [p for p, b in zip(place, broken.tolist()) if b < 0]
+
+    class Loader(list):
+        dataset = data.Samples(data.Shapes(23, 8), None)
+
+    loader = Loader((torch.arange(a, b).byte().view(-1, 1), labels[a:b], broken[a:b])
+                    for a, b in ((0, 10), (10, 20), (20, 23)))
     model = torch.nn.Module()
     model.forward = lambda images: logits[((images + 1) * 127.5).round().long()[:, 0]]
     env = finetune.SimpleNamespace(device=torch.device("cpu"), dtype=None, world_size=1)
     result = finetune.evaluate(model, loader, env)
-    assert result == dict(top1=100 * place.count(0) / 23, top5=100 * sum(p < 5 for p in place) / 23)
+    assert result == dict(images=20, top1=5 * place.count(0), top5=5 * sum(p < 5 for p in place))
+    warnings = capsys.readouterr().err
+    assert warnings.count("can't read") == 3 and "'shape 12'" in warnings
 
 
 def test_linear_probe_runs_and_resumes(unbroken, tmp_path, capsys):
@@ -1479,7 +1510,7 @@ def class_folders(root, sets):
     return root
 
 
-def test_bad_data_is_named(tmp_path, capsys):
+def test_bad_data_is_named(tmp_path, capsys, monkeypatch):
     flags = ["--scratch", "--recipe", "shapes", *TUNE, "--labels_per_class", 0, "--batch_size", 2]
     flags += ["--out", tmp_path / "out"]
     a = class_folders(tmp_path / "a", {"train": ["cat", "dog"]})
@@ -1499,3 +1530,19 @@ def test_bad_data_is_named(tmp_path, capsys):
     call(finetune, "--data", d, *flags, "--epochs", 1)
     weights = tmp_path / "out" / "best.pt"
     assert "2 classes and" in refused(capsys, finetune, "--eval", "--init", weights, *TUNE).replace("a head for ", "")
+
+    # Evaluation needs no train/, has the classifier's image size, and does not take one class for another.
+    flags = ["--recipe", "shapes", "--eval", "--init", weights, "--workers", 0]
+    e = class_folders(tmp_path / "e", {"val": ["cat", "dog"]})
+    (e / "val" / "dog" / "0.png").write_text("not an image")
+    capsys.readouterr()
+    sizes, vit = [], finetune.ViT
+    monkeypatch.setattr(finetune, "ViT", lambda size, *rest, **named: sizes.append(size) or vit(size, *rest, **named))
+    call(finetune, "--data", e, *flags)
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["images"] == 5 and "0.png" in said.err
+    assert sizes == [32]  # the recipe's is 64
+    f = class_folders(tmp_path / "f", {"val": ["ape", "bee"]})
+    assert "ape" in refused(capsys, finetune, "--data", f, *flags)
+    (tmp_path / "out" / "classes.json").write_text("[")
+    assert "classes.json is damaged" in refused(capsys, finetune, "--data", f, *flags)

@@ -1,7 +1,7 @@
 """Pretrain BootMAE.
 
     python train.py                                           built-in images, no GPU, a few minutes
-    python train.py --data imagenet/train --batch_size 1024   one GPU
+    python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train
 
 Run the same command again and it goes on where it was. `--batch_size` counts the images of one optimizer step over all
@@ -56,14 +56,17 @@ HELP = dict(
     inject="encoder blocks injected into regressor and predictor: -1 is the last, 0 is none",
     feature_target="0: no teacher and no feature predictor", weighted_loss="0: masked patches all weigh the same",
     epochs="length of the run", batch_size="images a step, over all processes and --accum_steps",
-    base_lr="learning rate for 256 images; it scales with --batch_size", min_lr="learning rate at the end",
-    warmup_epochs="linear warm-up from 0", weight_decay="on matrices only", betas="of AdamW",
+    base_lr="learning rate for 256 images; it scales with --batch_size",
+    min_lr="learning rate at the end, or the peak if that is lower",
+    warmup_epochs="linear warm-up from 0", weight_decay="not on biases, norms and CLS token", betas="of AdamW",
     feature_ramp="fraction of training over which the weight of feature_loss rises to 1",
     momentum="of the teacher at the start, at 1/8 and from 1/2 of training", crop_scale="area of a random crop",
     num_images="how many built-in images, or the most to use of a folder (0: all)",
 )
-ARCHITECTURE = ("model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "inject", "feature_target")
-
+FIXED = (  # what a resumed run may not change
+    "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask", "mask_ratio", "inject", "feature_target",
+    "weighted_loss", "seed",
+)
 
 RANGES = dict(  # of all flags that are numbers, here and in finetune.py; NaN is in none
     img_size=(1, 1e5), patch_size=(1, 1e4), decoder_dim=(4, 1e5), decoder_depth=(1, 100), mask_ratio=(0, 1),
@@ -305,14 +308,18 @@ def load(path: str) -> dict:
 
 
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
-    """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`."""
+    """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`.
+
+    `end` does not grow with the batch as `peak` does; where a small batch puts the peak below it, the peak stays.
+    """
     if progress < warmup:
         return peak * progress / warmup
+    end = min(end, peak)
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices decay; biases, norms and the CLS token do not."""
+    """Optimizer groups: matrices and mask tokens decay; biases, norms and the CLS token do not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.ndim == 1 or name.endswith("cls_token")]
     decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith("cls_token"))]
@@ -320,17 +327,21 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> dict:
-    """Load a checkpoint to go on from, after making sure that it belongs to this run: `fixed` names what must agree."""
+    """Load a checkpoint to go on from, after making sure that it belongs to this run: `fixed` names what must agree.
+
+    Other settings may change, as the length of the run; each that did is printed.
+    """
     checkpoint = load(path)
     if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
         fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
-    before = checkpoint["config"]
-    changed = [f"--{name} {before.get(name)}" for name in fixed if before.get(name) != config[name]]
-    if changed:
-        fail(f"{path} was trained with {', '.join(changed)}: give the same, or another --out, or --fresh to start over")
+    before = {name: value for name, value in checkpoint["config"].items() if config.get(name, value) != value}
+    if wrong := [f"--{name} {value}" for name, value in before.items() if name in fixed]:
+        fail(f"{path} was trained with {', '.join(wrong)}: give the same, or another --out, or --fresh to start over")
     if checkpoint["steps_per_epoch"] != steps_per_epoch:
         fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
              "data and --batch_size, or another --out, or --fresh to start over")
+    if before and int(os.environ.get("RANK", 0)) == 0:
+        print("changed:", ", ".join(f"--{name} {config[name]} (was {value})" for name, value in before.items()))
     return checkpoint
 
 
@@ -346,7 +357,7 @@ def check_weights(model: torch.nn.Module, what: str, path: str) -> None:
     """End the run rather than save weights that are not finite over good ones."""
     norms = torch.stack(torch._foreach_norm(list(model.parameters())))
     if not norms.isfinite().all():
-        fail(f"weights are no longer finite: {what}; {path} was left as it was. {CURE}", code=1)
+        fail(f"weights are no longer finite: {what}; nothing was saved over {path}. {CURE}", code=1)
 
 
 CURE = "A lower learning rate, a longer warm-up or --amp bf16 may help"
@@ -401,20 +412,20 @@ def run(main: Callable, args: argparse.Namespace) -> None:
             os._exit(code)
 
 
-def name_broken(broken: Tensor, samples: data.Samples, named: set[int]) -> int:
-    """Warn of each unreadable file in a batch, once a run (`named` remembers); returns how many samples it cost."""
+def name_broken(broken: Tensor, samples: data.Samples) -> int:
+    """Warn of each unreadable file in a batch, once a run; returns how many samples of the batch it cost."""
     found = broken[broken >= 0].tolist()
-    for index in set(found) - named:
+    for index in set(found) - samples.broken:
         name = samples.source.name(index)
-        tqdm.write(f"warning: can't read {name!r}; another image takes its place", file=sys.stderr)
-    named.update(found)
+        tqdm.write(f"warning: can't read {name!r}", file=sys.stderr)
+    samples.broken.update(found)
     return len(found)
 
 
-def check_broken(count: float, samples: data.Samples, named: set[int]) -> None:
+def check_broken(count: float, samples: data.Samples) -> None:
     """End the run if `count` samples of this epoch, over all processes, are more than 1 % of the images."""
     if count > 0.01 * len(samples):
-        examples = ", ".join(repr(samples.source.name(index)) for index in sorted(named)[:3])
+        examples = ", ".join(repr(samples.source.name(index)) for index in sorted(samples.broken)[:3])
         fail(f"{count:.0f} of {len(samples)} images can't be read, more than 1 %, for example {examples}", code=1)
 
 
@@ -596,7 +607,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
                              "and one visible")
         if not args.data and not args.num_images:
-            raise ValueError("--num_images 0: say how many built-in images to draw")
+            raise ValueError("--num_images 0: give --data DIR, or say how many built-in images to draw")
         source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images, args.img_size)
         if args.data and 0 < args.num_images < len(source):
             source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
@@ -627,7 +638,7 @@ def main(args: argparse.Namespace) -> None:
     # Sums over this epoch so far: pixel_loss, feature_loss, steps with finite losses, broken samples
     step, log, sums = 0, [], torch.zeros(4, dtype=torch.float64, device=env.device)
     if os.path.exists(checkpoint_path) and not args.fresh:
-        checkpoint = read_checkpoint(checkpoint_path, config, ARCHITECTURE, steps_per_epoch)
+        checkpoint = read_checkpoint(checkpoint_path, config, FIXED, steps_per_epoch)
         model.load_state_dict(checkpoint["model"])
         load_optimizer(optimizer, checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty unless that was fp16
@@ -651,7 +662,7 @@ def main(args: argparse.Namespace) -> None:
     batches = data.Batches(len(source), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
                            env.world_size)
     stream = iter(make_loader(samples, batches, args, env)) if step < total_steps else None
-    stop, named = StopRequest(env), set()
+    stop = StopRequest(env)
     recent = torch.zeros((), device=env.device)  # steps with finite losses since the last look
     gallery = [samples[index] for index in range(min(8, len(source)))]
     gallery_images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(env.device)
@@ -680,7 +691,7 @@ def main(args: argparse.Namespace) -> None:
             row = torch.zeros_like(sums)
             for part in range(args.accum_steps):
                 images, mask, _, broken = next(stream)
-                if count := name_broken(broken, samples, named):
+                if count := name_broken(broken, samples):
                     sums[3] += count
                 images = data.scale_pixels(images.to(env.device, non_blocking=True))
                 last = part == args.accum_steps - 1  # gradients travel between processes only then
@@ -705,14 +716,14 @@ def main(args: argparse.Namespace) -> None:
                 pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
                 if step > 1 and total(recent, env).item() == 0:
                     fail(f"no finite loss in the last {args.log_every} steps, up to {step}: pixel_loss "
-                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; {checkpoint_path} was left as "
-                         f"it was. {CURE}", code=1)
+                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; nothing was saved over "
+                         f"{checkpoint_path}. {CURE}", code=1)
                 recent.zero_()
+                check_broken(broken_count, samples)
+                pixel_loss, feature_loss = pixel_loss / max(finite, 1), feature_loss / max(finite, 1)
                 if step == 1 and env.is_main:
                     tqdm.write(f"first step  pixel_loss {pixel_loss:.4g}  feature_loss {feature_loss:.4g}")
-                check_broken(broken_count, samples, named)
-                steps = max(finite, 1)
-                bar.set_postfix_str(f"pixel {pixel_loss / steps:.4f} feature {feature_loss / steps:.4f} lr {lr:.1e}")
+                bar.set_postfix_str(f"pixel {pixel_loss:.4f} feature {feature_loss:.4f} lr {lr:.1e}")
             if stop.agreed():
                 bar.close()
                 save_checkpoint()
@@ -722,7 +733,7 @@ def main(args: argparse.Namespace) -> None:
         # ---- end of an epoch
         pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
         speed = (step - began_step) * args.batch_size / (time.time() - began)
-        check_broken(broken_count, samples, named)
+        check_broken(broken_count, samples)
         check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
         bar.close()
         log.append(dict(
