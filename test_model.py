@@ -1499,6 +1499,8 @@ def test_labels_per_class_is_a_fixed_subset():
     again, _ = finetune.get_data(args)
     assert sorted(train_set.labels) == sorted(list(range(12)) * 4) and train_set.indices == again.indices
     assert not {train_set.name(i) for i in range(48)} & {val_set.name(i) for i in range(60)}
+    args.seed = 1
+    assert finetune.get_data(args)[0].indices != train_set.indices
 
 
 def class_folders(root, sets):

@@ -2,7 +2,7 @@
 
     python train.py                                           built-in images, no GPU, a few minutes
     python train.py --data imagenet/train --accum_steps 16    one GPU
-    torchrun --nproc_per_node=8 train.py --data imagenet/train
+    torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
 Run the same command again and it goes on where it was. `--batch_size` counts the images of one optimizer step over all
 processes and accumulation steps, so a recipe means the same on any number of GPUs.
@@ -39,7 +39,7 @@ RECIPES = {
     "shapes": IMAGENET | dict(
         model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.6,
         epochs=15, batch_size=16, base_lr=16e-3, min_lr=0.0, warmup_epochs=1, crop_scale=(0.6, 1.0), num_images=2400,
-        momentum=(0.9, 0.97, 0.99),  # in so few steps the teacher has to follow faster
+        momentum=(0.9, 0.97, 0.99), feature_ramp=1.0,  # in so few steps the teacher has to follow fast, and learns late
     ),
     "imagenet": IMAGENET,
     "imagenet_large": IMAGENET | dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
