@@ -413,7 +413,7 @@ class Samples(torch.utils.data.Dataset):
     source: an `ImageFolder`, `Shapes`, or `Subset` of one.
     transform: takes the opened image and a random.Random that knows only (seed, epoch, index); returns a tuple.
     broken: -1, or the index of a file that can't be read. Such a sample is replaced by another, the same everywhere.
-    `.broken` is for the indices that somebody has seen.
+    `.broken` collects the indices of those that were warned of.
     """
 
     def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0):

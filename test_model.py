@@ -1110,6 +1110,10 @@ def test_processes_must_share_the_output_folder(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(finished, capsys):
     line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--decoder_dim", 32, "--inject", 0, 0)
     assert "--decoder_dim 64" in line and "--inject (1, -1)" in line
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"config": {}}, finished / "checkpoint.pt")
+    assert "--model None" in refused(capsys, train, *TRAIN[1:], "--out", finished)
+    torch.save(checkpoint, finished / "checkpoint.pt")
     line = refused(capsys, train, *TRAIN[1:], "--out", finished, "--seed", 1, "--mask", "block", "--weighted_loss", 0)
     assert "--seed 0" in line and "--mask random" in line and "--weighted_loss 1" in line
     assert "6 steps an epoch" in refused(capsys, train, *TRAIN[1:], "--out", finished, "--batch_size", 16)
@@ -1248,7 +1252,10 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     parts = ("  teacher forward", "  student forward and losses", "  backward", "  optimizer and teacher update")
     assert all(name in table for name in ("images/s", "peak memory a process, GiB", "images/s a loading worker"))
     assert sum(float(table[name]) for name in parts) == pytest.approx(float(table["ms a step"]), rel=0.01)
+    assert float(table["hours of 3 x 48 images"]) == pytest.approx(3 * 48 / float(table["images/s"]) / 3600, rel=0.01)
     assert not (tmp_path / "out").exists()
+    call(train, *TRAIN[1:], "--benchmark", "--num_images", 0)  # a recipe for a folder, and none given
+    assert "hours of 3 x 100 images" in capsys.readouterr().out
 
 
 def test_help_answers_before_torch_is_imported():

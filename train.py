@@ -334,7 +334,8 @@ def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_e
     checkpoint = load(path)
     if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
         fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
-    before = {name: value for name, value in checkpoint["config"].items() if config.get(name, value) != value}
+    before = checkpoint["config"]
+    before = {name: before.get(name) for name in config if before.get(name) != config[name]}
     if wrong := [f"--{name} {value}" for name, value in before.items() if name in fixed]:
         fail(f"{path} was trained with {', '.join(wrong)}: give the same, or another --out, or --fresh to start over")
     if checkpoint["steps_per_epoch"] != steps_per_epoch:
