@@ -375,20 +375,26 @@ def readable(loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, env: SimpleNamespace) -> dict[str, float]:
-    """top1 and top5 in per cent, over all images of all processes, and how many those are."""
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=env.device)  # right, right among five, images
+def evaluate(models: list[nn.Module], loader, env: SimpleNamespace) -> list[dict[str, float]]:
+    """Of each model, top1 and top5 in per cent, over all images of all processes, and how many those are.
+
+    One pass for all of them, since loading an image may take longer than a model does.
+    """
+    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=env.device)  # right, right among five, images
+    for model in models:
+        model.eval()
     for images, labels in readable(loader):
-        labels = labels.to(env.device, non_blocking=True)
-        with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
-            logits = model(to_device(images, env))                                    # (b, num_classes)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices                    # (b, 5)
-        right = best == labels[:, None]
-        counts += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(right[:, 0]).sum()])
-    model.train()
-    top1, top5, number = total(counts, env).tolist()
-    return dict(images=number, top1=100 * top1 / max(number, 1), top5=100 * top5 / max(number, 1))
+        images, labels = to_device(images, env), labels.to(env.device, non_blocking=True)
+        for model, count in zip(models, counts):
+            with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
+                logits = model(images)                                                # (b, num_classes)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices                # (b, 5)
+            right = best == labels[:, None]
+            count += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(right[:, 0]).sum()])
+    for model in models:
+        model.train()
+    counts = total(counts, env).tolist()
+    return [dict(images=n, top1=100 * top1 / max(n, 1), top5=100 * top5 / max(n, 1)) for top1, top5, n in counts]
 
 
 @torch.no_grad()
@@ -518,7 +524,7 @@ def main(args: argparse.Namespace) -> None:
     if args.mode in ("eval", "knn"):
         start_processes(env)
         if args.eval:
-            result = evaluate(model.to(env.device), eval_loader(val, args, env), env)
+            result = evaluate([model.to(env.device)], eval_loader(val, args, env), env)[0]
         else:
             model = Features(model, depth).eval().to(env.device)
             known, asked = extract(model, train, args, env), extract(model, val, args, env)
@@ -659,10 +665,10 @@ def main(args: argparse.Namespace) -> None:
         finished = step == total_steps
         if finished or (epoch + 1) % args.eval_every == 0:
             average_statistics(model, env)
-            line |= evaluate(model, val_loader, env)
-            if ema is not None:
-                average = evaluate(ema, val_loader, env)
-                line |= dict(top1_ema=average["top1"], top5_ema=average["top5"])
+            result, *average = evaluate([model] if ema is None else [model, ema], val_loader, env)
+            line |= result
+            if average:
+                line |= dict(top1_ema=average[0]["top1"], top5_ema=average[0]["top5"])
             if max(line["top1"], line.get("top1_ema", 0)) > best:
                 best = max(line["top1"], line.get("top1_ema", 0))
                 better = model if best == line["top1"] else ema

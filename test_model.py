@@ -1463,11 +1463,14 @@ def test_evaluate_counts(capsys):
 
     loader = Loader((torch.arange(a, b).byte().view(-1, 1), labels[a:b], broken[a:b])
                     for a, b in ((0, 10), (10, 20), (20, 23)))
-    model = torch.nn.Module()
+    model, other = torch.nn.Module(), torch.nn.Module()
     model.forward = lambda images: logits[((images + 1) * 127.5).round().long()[:, 0]]
+    other.forward = lambda images: -logits[((images + 1) * 127.5).round().long()[:, 0]]
     env = finetune.SimpleNamespace(device=torch.device("cpu"), dtype=None, world_size=1)
-    result = finetune.evaluate(model, loader, env)
-    assert result == dict(images=20, top1=5 * place.count(0), top5=5 * sum(p < 5 for p in place))
+    assert finetune.evaluate([model, other], loader, env) == [
+        dict(images=20, top1=5 * place.count(0), top5=5 * sum(p < 5 for p in place)),
+        dict(images=20, top1=5 * place.count(8), top5=5 * sum(p > 3 for p in place)),
+    ]
     warnings = capsys.readouterr().err
     assert warnings.count("can't read") == 3 and "'shape 12'" in warnings
 
