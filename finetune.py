@@ -374,13 +374,22 @@ def readable(loader) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, labels
 
 
+def tally(ranking: Tensor, labels: Tensor) -> Tensor:
+    """How many of the rows of `ranking` (b, 5), best class first, are right, right among the five, and in all: (3,)."""
+    right = ranking == labels[:, None]
+    return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
+
+
+def per_cent(counts: Tensor, env: SimpleNamespace) -> dict[str, float]:
+    """Images, top1 and top5 in per cent of all processes, from the counts of `tally` in each."""
+    top1, top5, number = total(counts, env).tolist()
+    return dict(images=number, top1=100 * top1 / max(number, 1), top5=100 * top5 / max(number, 1))
+
+
 @torch.no_grad()
 def evaluate(models: list[nn.Module], loader, env: SimpleNamespace) -> list[dict[str, float]]:
-    """Of each model, top1 and top5 in per cent, over all images of all processes, and how many those are.
-
-    One pass for all of them, since loading an image may take longer than a model does.
-    """
-    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=env.device)  # right, right among five, images
+    """What `per_cent` says of each model, over all images. One pass for all models: loading may be what takes long."""
+    counts = torch.zeros(len(models), 3, dtype=torch.int64, device=env.device)
     for model in models:
         model.eval()
     for images, labels in readable(loader):
@@ -388,18 +397,15 @@ def evaluate(models: list[nn.Module], loader, env: SimpleNamespace) -> list[dict
         for model, count in zip(models, counts):
             with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
                 logits = model(images)                                                # (b, num_classes)
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices                # (b, 5)
-            right = best == labels[:, None]
-            count += torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(right[:, 0]).sum()])
+            count += tally(logits.topk(min(5, logits.shape[1]), dim=1).indices, labels)
     for model in models:
         model.train()
-    counts = total(counts, env).tolist()
-    return [dict(images=n, top1=100 * top1 / max(n, 1), top5=100 * top5 / max(n, 1)) for top1, top5, n in counts]
+    return [per_cent(count, env) for count in counts]
 
 
 @torch.no_grad()
 def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Features (n, D) and labels (n,) of every image that can be read, on every process."""
+    """Features (n, D) and labels (n,) of this process's share of the images, but for those that can't be read."""
     features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
     loader = eval_loader(source, args, env)
     bar = tqdm(readable(loader), total=len(loader), disable=None if env.is_main else True, leave=False)
@@ -407,31 +413,37 @@ def extract(model: nn.Module, source, args: argparse.Namespace, env: SimpleNames
         with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
             features.append(model(to_device(images, env)).cpu())
         labels.append(batch_labels)
-    mine = torch.cat(features), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels)
+
+
+def gather(mine: tuple[Tensor, ...], env: SimpleNamespace) -> tuple[Tensor, ...]:
+    """Tensors on the CPU, whose rows are shared out over the processes, whole in every one."""
     if env.world_size == 1:
         return mine
     shares = [None] * env.world_size
     dist.all_gather_object(shares, mine)
-    return torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
+    return tuple(torch.cat(parts) for parts in zip(*shares))
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int
-) -> dict[str, float]:
-    """Top-1 and top-5 of a vote of the k nearest training images by cosine, weighted by exp(cosine / 0.07).
+    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int, device: torch.device
+) -> Tensor:
+    """`tally` of a vote of the k nearest training images by cosine, weighted by exp(cosine / 0.07), for all of `val`.
 
     Features (n, D) are first standardised by the training images' mean and deviation, as the probe's BatchNorm does.
+    They are on the CPU; the search, in ImageNet 64 billion products of vectors, is done on `device`.
     """
     std, mean = torch.std_mean(train, dim=0)
     train, val = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (train, val))
-    right1 = right5 = 0
+    train, train_labels = train.to(device), train_labels.to(device)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
     for some, labels in zip(val.split(128), val_labels.split(128)):
+        some, labels = some.to(device), labels.to(device)
         similarity, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)                       # (b, k)
-        votes = torch.zeros(len(some), num_classes).scatter_add(1, train_labels[nearest], (similarity / 0.07).exp())
-        best = votes.topk(min(5, num_classes), dim=1).indices
-        right1 += (best[:, 0] == labels).sum().item()
-        right5 += (best == labels[:, None]).sum().item()
-    return dict(top1=100 * right1 / len(val), top5=100 * right5 / len(val))
+        votes = torch.zeros(len(some), num_classes, device=device)                                   # (b, num_classes)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / 0.07).exp())
+        counts += tally(votes.topk(min(5, num_classes), dim=1).indices, labels)
+    return counts
 
 
 @torch.no_grad()
@@ -527,8 +539,8 @@ def main(args: argparse.Namespace) -> None:
             result = evaluate([model.to(env.device)], eval_loader(val, args, env), env)[0]
         else:
             model = Features(model, depth).eval().to(env.device)
-            known, asked = extract(model, train, args, env), extract(model, val, args, env)
-            result = dict(images=len(asked[0])) | knn(*known, *asked, num_classes, args.neighbours)
+            known, asked = gather(extract(model, train, args, env), env), extract(model, val, args, env)
+            result = per_cent(knn(*known, *asked, num_classes, args.neighbours, env.device), env)
         if env.is_main:
             print(json.dumps(result))
         return
@@ -681,7 +693,7 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint()
         if env.is_main:
             save_log(log, args.out)
-            print("  ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+            print("  ".join(f"{name} {value:.5g}" for name, value in line.items()), flush=True)
     if env.is_main:
         print(f"best top-1 {best:.2f} %; {args.out} holds best.pt, checkpoint.pt, log.jsonl and predictions.png")
 

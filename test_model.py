@@ -1332,9 +1332,8 @@ def test_knn():
         ranking = sorted(range(7), key=lambda n: -votes[n])
         right1 += ranking[0] == y
         right5 += int(y) in ranking[:5]
-    result = finetune.knn(train_x, train_y, val_x, val_y, 7, 9)
-    assert math.isclose(result["top1"], 100 * right1 / 25)
-    assert abs(result["top5"] - 100 * right5 / 25) <= 4  # classes without a vote tie
+    counts = finetune.knn(train_x, train_y, val_x, val_y, 7, 9, torch.device("cpu")).tolist()
+    assert counts[0] == right1 and abs(counts[1] - right5) <= 1 and counts[2] == 25  # classes without a vote tie
 
 
 def test_linear_probe_trains_the_head_alone():

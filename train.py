@@ -748,7 +748,7 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint()
         if env.is_main:
             save_log(log, args.out)
-            print("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()), flush=True)
+            print("  ".join(f"{name} {value:.5g}" for name, value in log[-1].items()), flush=True)
             if finished or (epoch + 1) % args.picture_every == 0:
                 draw_progress(model, gallery_images, gallery_mask, os.path.join(args.out, f"epoch_{epoch + 1:04d}.png"))
     if env.is_main:
