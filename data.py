@@ -1,7 +1,7 @@
 """Images: folders of any kind, the built-in shapes, and augmentation. Needs only torch, numpy and pillow.
 
 Images stay uint8 until they are on the device. Everything random about a sample depends on (seed, epoch, index) alone,
-so neither the number of workers nor that of processes changes what a model is shown.
+so neither the number of workers nor that of processes changes the samples (mixup and erasing work on batches).
 """
 import math
 import os

@@ -225,6 +225,9 @@ def fill(model: ViT, state: dict[str, Tensor], path: str) -> str:
     lacking = [key for key in new if not key.startswith(("norm.", "fc_norm.", "head."))]
     if lacking:
         fail(f"{path} does not fit: {lacking[0]} is missing or has another shape")
+    foreign = [key for key in left_out if key.startswith(("blocks.", "norm_pre.", "reg_token"))]
+    if foreign:
+        fail(f"{path} does not fit: it has {foreign[0]}, which this ViT lacks, so it would be another network")
     model.load_state_dict(loaded, strict=False)
 
     def names(keys: list[str]) -> str:

@@ -34,8 +34,8 @@ def block_mask(
     """Mask rectangles of patches until `cover` of the grid is masked, then random patches up to `num_masked`.
 
     The fractions of the grid are the published recipe's 120, 16 and 60 patches of 14 x 14; `min_aspect` .. 1 /
-    `min_aspect` bounds height / width, log-uniformly. A rectangle is put down only if it masks something new, and no
-    more than is still wanted.
+    `min_aspect` bounds height / width, log-uniformly. A rectangle is kept only if it masks something new and does
+    not overshoot `cover`.
 
     Returns bool (batch, rows * columns) with exactly `num_masked` True in each row, the same for the same generator
     state. Raises ValueError unless 0 <= num_masked <= rows * columns.
@@ -53,7 +53,7 @@ def block_mask(
     masks = []
     for _ in range(batch):
         mask = covered = tries = 0
-        while covered < target and tries < 1000:  # the last few may fit nowhere: then they are filled in below
+        while covered < target and tries < 1000:  # the last few may fit nowhere; random patches replace them
             tries += 1
             area = num_patches * (min_area + (max_area - min_area) * uniform())
             aspect = math.exp(log_aspect * (2 * uniform() - 1))
@@ -72,7 +72,7 @@ def block_mask(
 
 
 def _fill_up(mask: Tensor, num_masked: int, generator: torch.Generator | None) -> Tensor:
-    """Mask random patches more, up to exactly `num_masked` in each row of bool (B, N)."""
+    """Mask more patches at random, up to exactly `num_masked` in each row of bool (B, N)."""
     batch, num_patches = mask.shape
     if not 0 <= num_masked <= num_patches:
         raise ValueError(f"cannot mask {num_masked} of {num_patches} patches; num_masked must be 0 to {num_patches}")
@@ -84,7 +84,7 @@ def _fill_up(mask: Tensor, num_masked: int, generator: torch.Generator | None) -
 def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Weight of each patch in the loss: w = m * avg3(m) + m, where avg3 is a 3 x 3 mean with zero padding.
 
-    The middle of a masked region, the hardest to fill in, weighs most: 2; a masked patch alone weighs 1 + 1/9, a
+    The middle of a masked region, the hardest to fill in, weighs most: 2; an isolated masked patch weighs 1 + 1/9, a
     visible one 0. Takes bool (B, rows * columns), returns float32 of that shape. Raises ValueError on another shape.
     """
     if mask.ndim != 2 or mask.shape[1] != grid[0] * grid[1]:

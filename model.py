@@ -25,7 +25,7 @@ SIZES = {  # name: keyword arguments of ViT and BootMAE
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches for `img_size` (a side, or height and width). ValueError if that leaves a rest."""
+    """Rows and columns of patches for `img_size` (a side, or height and width); ValueError if that is no multiple."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         raise ValueError(f"image size {height} x {width} is not divisible by patch_size {patch_size}")
@@ -136,8 +136,8 @@ class Block(nn.Module):
 class DecoderBlock(Block):
     """A block with feature injection: cross-attention to encoder features between self-attention and MLP.
 
-    All tokens of the decoder ask (CLS, visible, masked); CLS and visible tokens of the encoder answer. context_dim None
-    leaves the injection out, which makes it a plain block.
+    Queries come from all tokens of the decoder (CLS, visible, masked), keys and values from the encoder's CLS and
+    visible tokens. context_dim None leaves the injection out, which makes it a plain block.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None):
@@ -157,8 +157,8 @@ class DecoderBlock(Block):
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases. `nn.Module.apply` calls it for children first: a Linear, then the Attention
-    that it belongs to, which overwrites q, k and v."""
+    """Xavier-uniform matrices, zero biases. `nn.Module.apply` visits children first, so an Attention comes after its
+    Linears and overwrites what they got."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -176,7 +176,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, n, C*p*p) -> (B, n, D). Kept as a convolution's weight, which is how files have it."""
+    """Linear map of patches (B, n, C*p*p) -> (B, n, D). Stored as a convolution's weight, as in timm's files."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -224,8 +224,8 @@ class ViT(nn.Module):
             self.fc_norm = self.head = nn.Identity()
 
         self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=1e-6)  # it starts as nothing but gathers what attention brings
-        if num_classes:  # nearly zero, so that fine-tuning starts from even odds
+        nn.init.normal_(self.cls_token, std=1e-6)  # near zero: its content comes through attention
+        if num_classes:  # near zero, so that all classes start equally likely
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             self.head.weight.data.mul_(0.001)
 
@@ -236,10 +236,10 @@ class ViT(nn.Module):
         taps: tuple[int, ...] = (),
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the blocks over patches (B, N, C*p*p), or over only those numbered in keep (B, V) int64.
+        """Run the blocks over patches (B, N, C*p*p), or over only those whose indices are in keep (B, V) int64.
 
         Returns the last block's tokens (B, 1 + V, D), before the final norm, and the same of each block numbered in
-        `taps` (the first block is 1). `grid` is the patches' own where it is not the model's: positions are then
+        `taps` (the first block is 1). Give `grid` where the patches have another than the model: positions are then
         interpolated.
         """
         positions = resize_positions(self.pos_embed, self.grid, grid or self.grid)    # (1, 1+N, D)
@@ -307,7 +307,7 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
-        """latent (B, 1+V, D), context likewise, masked (B, M) patch numbers -> tokens (B, N, d), the masked ones last.
+        """latent (B, 1+V, D), context likewise, masked (B, M) patch indices -> tokens (B, N, d), the masked ones last.
 
         Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
         """
@@ -329,7 +329,7 @@ class Output:
     pixel_loss, feature_loss: scalars, over the masked patches (feature_loss is 0 without a feature target).
     pixels (B, N, C*p*p): the predicted pixels of each patch in image order, normalised as `normalize_patches` does.
     features (B, N, D): the predicted teacher features (None without a feature target).
-    The losses need the masked patches alone, so the last two are made only when they are read: read them before the
+    The losses need the masked patches alone, so the last two are computed when they are read: read them before the
     optimizer changes the weights. No loss trains their visible patches.
     """
 
@@ -366,9 +366,10 @@ class BootMAE(nn.Module):
     img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor is embed_dim wide.
     decoder_num_heads: the encoder's if None. The paper's ablations:
     inject: the encoder blocks whose output the regressor and the predictor attend to (first is 1, last is -1, 0: none).
-    feature_target: False leaves out teacher and predictor; with inject=(0, 0) that is an MAE, but for the pixels' being
-    normalised per channel, a shallower decoder, and positions added only to the mask tokens in it.
-    weighted_loss: False weighs all masked patches alike, as MAE does.
+    feature_target: False leaves out teacher and predictor.
+    weighted_loss: False weighs all masked patches alike.
+    With inject=(0, 0) and both of these False it is an MAE, but for pixels normalised per channel, a shallower decoder,
+    and positions added only to the mask tokens in it.
     Raises ValueError for sizes that do not fit (see `ViT`), a width not divisible by 4 or a block that is not there.
     """
 
@@ -404,12 +405,12 @@ class BootMAE(nn.Module):
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor) -> Output:
-        """One look at images, float (B, C, H, W) in [-1, 1], through mask, bool (B, N), True = masked: see `Output`.
+        """Losses for images, float (B, C, H, W) in [-1, 1], under a mask, bool (B, N), True = masked: see `Output`.
 
         Every row of the mask has the same count. The mask may stay on the CPU: checking it then costs no GPU sync.
         Raises ValueError for images or a mask of another shape, dtype or count.
         """
-        visible, masked = self.split(images, mask)                                            # (B, V), (B, M) numbers
+        visible, masked = self.split(images, mask)                                            # (B, V), (B, M) indices
         patches = patchify(images, self.patch_size)                                           # (B, N, C*p*p)
         masked_patches = torch.take_along_dim(patches, masked[:, :, None], dim=1)             # (B, M, C*p*p)
         weight = self.patch_weight(mask.to(images.device, non_blocking=True), masked)         # (B, M, 1)
@@ -431,8 +432,8 @@ class BootMAE(nn.Module):
             # Feature predictor: the high-level target, with deep features injected.
             feature_tokens = self.predictor(latent, deep, masked)                             # (B, N, D), masked last
             features = self.predictor.predict(feature_tokens[:, visible.shape[1]:])           # (B, M, D)
-            # Momentum teacher: sees the whole image. Its last norm is left out: `standardize` takes that place, without
-            # a learned scale that could shrink the target.
+            # Momentum teacher: sees the whole image. `standardize` takes the place of its final norm, without a learned
+            # scale that could shrink the target.
             with torch.no_grad():
                 taught, _ = self.teacher.encode(patches)                                      # (B, 1+N, D)
                 feature_target = torch.take_along_dim(taught[:, 1:], masked[:, :, None], 1)   # (B, M, D)
@@ -447,9 +448,9 @@ class BootMAE(nn.Module):
         if self.teacher is not None:
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
-    @torch.compiler.disable  # V and M depend on the mask's content; outside the compiled part shapes stay static
+    @torch.compiler.disable  # V and M depend on the mask's content: left out of compilation, whose shapes stay static
     def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
+        """Indices of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
         shape = (len(images), self.grid[0] * self.grid[1])
         if patch_grid(images.shape[2:], self.patch_size) != self.grid:
             sides = tuple(side * self.patch_size for side in self.grid)

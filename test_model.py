@@ -1394,7 +1394,10 @@ def test_weights_of_every_origin(tmp_path, capsys):
         assert torch.equal(larger.pos_embed, resize_positions(state["pos_embed"], (4, 4), (6, 6)))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save({"model": BootMAE(**SMALL).state_dict()}, tmp_path / "odd.pt")
-    for name, words in ("other.pt", "fits no ViT"), ("odd.pt", "3 blocks of width 24"), ("none.pt", "can't read"):
+    scaled = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    torch.save(scaled | {"blocks.0.ls1.gamma": torch.ones(128)}, tmp_path / "scaled.pt")  # layer scale: another network
+    for name, words in (("other.pt", "fits no ViT"), ("odd.pt", "3 blocks of width 24"), ("none.pt", "can't read"),
+                        ("scaled.pt", "blocks.0.ls1.gamma")):
         assert words in refused(capsys, finetune, "--init", tmp_path / name, *TUNE, "--out", tmp_path / "out")
     assert "--teacher" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--teacher", *TUNE)
     assert "patch_size 8" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", *TUNE, "--patch_size", 4)

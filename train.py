@@ -95,10 +95,9 @@ def fail(message: str, code: int = 2, everywhere: bool = False):
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict], helps: dict[str, str]) -> None:
-    for name, value in next(iter(recipes.values())).items():
+    for name, value in recipes["imagenet"].items():
         first, count = (value[0], len(value)) if isinstance(value, tuple) else (value, None)
-        parser.add_argument(f"--{name}", type=type(first), nargs=count,
-                            help=f"{helps[name]} ({value} unless the recipe says otherwise)")
+        parser.add_argument(f"--{name}", type=type(first), nargs=count, help=f"{helps[name]} (for ImageNet: {value})")
 
 
 def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
@@ -126,12 +125,13 @@ def check_ranges(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", help="folder for everything that is written")
+    parser.add_argument("--out", help="folder for everything that is written (default: below output/)")
     parser.add_argument("--fresh", action="store_true", help="start over, even where there is a checkpoint")
     parser.add_argument("--accum_steps", type=int, default=1, help="cut a batch into this many, to save memory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, help="processes that load images, for each process that trains")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
+    parser.add_argument("--workers", type=int, help="processes that load images, for each process that trains "
+                        "(default: with a GPU the cores there are for each, at most 16; else 1)")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--save_every", type=int, default=1, help="epochs between checkpoints")
