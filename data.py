@@ -59,13 +59,13 @@ def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[s
     real = os.path.realpath(os.path.join(root, below))
     if real in above:
         return
-    for name in os.listdir(real):
-        path = os.path.join(below, name)
-        if name.startswith("."):
+    for entry in os.scandir(real):
+        path = os.path.join(below, entry.name)
+        if entry.name.startswith("."):
             continue
-        if os.path.isdir(os.path.join(root, path)):
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # no call to the disk for a plain file
             yield from _walk(root, path, (*above, real))
-        elif name.lower().endswith(EXTENSIONS):
+        elif entry.name.lower().endswith(EXTENSIONS):
             yield path
 
 

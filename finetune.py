@@ -436,12 +436,11 @@ def knn(
     Features (n, D) are first standardised by the training images' mean and deviation, as the probe's BatchNorm does.
     They are on the CPU; the search, in ImageNet 64 billion products of vectors, is done on `device`.
     """
+    train, train_labels, val, val_labels = (x.to(device) for x in (train, train_labels, val, val_labels))
     std, mean = torch.std_mean(train, dim=0)
     train, val = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (train, val))
-    train, train_labels = train.to(device), train_labels.to(device)
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     for some, labels in zip(val.split(128), val_labels.split(128)):
-        some, labels = some.to(device), labels.to(device)
         similarity, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)                       # (b, k)
         votes = torch.zeros(len(some), num_classes, device=device)                                   # (b, num_classes)
         votes.scatter_add_(1, train_labels[nearest], (similarity / 0.07).exp())
@@ -534,6 +533,7 @@ def main(args: argparse.Namespace) -> None:
             fail(f"--eval: {line}: not a whole classifier of this kind; fine-tune it instead")
         if env.is_main:
             print(line)
+    del state
 
     # ---- what needs no training
     if args.mode in ("eval", "knn"):
@@ -583,6 +583,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"going on from {checkpoint_path}, epoch {step // steps_per_epoch} of {args.epochs}, step {step}")
             if step >= total_steps:
                 print("this run is finished; --fresh starts it over, more --epochs make it longer")
+        del checkpoint
 
     # ---- processes
     start_processes(env)

@@ -213,7 +213,8 @@ def start_processes(env: SimpleNamespace) -> None:
     if env.world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
         store, rank, world_size = next(rendezvous("env://"))
-        # After `torchrun --max_restarts` brought a killed process back, the store still has the addresses of the dead.
+        # After `torchrun --max_restarts` brought a killed process back (on one machine: others count restarts for
+        # themselves), the store still has the addresses of the dead.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
@@ -239,7 +240,7 @@ def total(x: Tensor, env: SimpleNamespace) -> Tensor:
 def make_loader(samples: data.Samples, batches, args: argparse.Namespace, env: SimpleNamespace):
     return torch.utils.data.DataLoader(
         samples, batch_sampler=batches, num_workers=args.workers, pin_memory=env.device.type == "cuda",
-        worker_init_fn=_ignore_signals, prefetch_factor=4 if args.workers else None,
+        worker_init_fn=_ignore_signals,
     )
 
 
@@ -367,11 +368,11 @@ CURE = "A lower learning rate, a longer warm-up or --amp bf16 may help"
 def wrap(model: torch.nn.Module, args: argparse.Namespace, env: SimpleNamespace) -> torch.nn.Module:
     """The model as it is called in training: distributed, compiled, or neither. Its parameters stay `model`'s own."""
     if env.world_size > 1:
-        devices = [env.local_rank] if env.device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
+            # No device_ids: with them it moves the mask to the GPU, and BootMAE.split waits for the GPU to check it.
             model = torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, broadcast_buffers=False, gradient_as_bucket_view=True
             )
     return torch.compile(model) if args.compile else model
 
@@ -651,6 +652,7 @@ def main(args: argparse.Namespace) -> None:
             print(f"going on from {checkpoint_path}, epoch {step // steps_per_epoch} of {args.epochs}, step {step}")
             if step >= total_steps:
                 print("this run is finished; --fresh starts it over, more --epochs make it longer")
+        del checkpoint  # gigabytes in every process
 
     # ---- processes
     start_processes(env)
@@ -703,7 +705,7 @@ def main(args: argparse.Namespace) -> None:
                         loss = out.pixel_loss + feature_weight * out.feature_loss
                     scaler.scale(loss / args.accum_steps).backward()
                 row[:2] += torch.stack([out.pixel_loss, out.feature_loss]).detach() / args.accum_steps
-            del out, loss  # and with them what the decoders made, before the next step makes it anew
+                del out, loss  # and with them what the decoders made, before the next part makes it anew
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
