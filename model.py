@@ -25,7 +25,7 @@ SIZES = {  # name: keyword arguments of ViT and BootMAE
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches for `img_size` (a side, or height and width); ValueError if that is no multiple."""
+    """Rows and columns of patches for `img_size`, a side or (height, width). ValueError if a patch does not fit."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         raise ValueError(f"image size {height} x {width} is not divisible by patch_size {patch_size}")
@@ -239,7 +239,7 @@ class ViT(nn.Module):
         """Run the blocks over patches (B, N, C*p*p), or over only those whose indices are in keep (B, V) int64.
 
         Returns the last block's tokens (B, 1 + V, D), before the final norm, and the same of each block numbered in
-        `taps` (the first block is 1). Give `grid` where the patches have another than the model: positions are then
+        `taps` (the first block is 1). Give `grid` where the patches' differs from the model's: positions are then
         interpolated.
         """
         positions = resize_positions(self.pos_embed, self.grid, grid or self.grid)    # (1, 1+N, D)

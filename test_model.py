@@ -1444,6 +1444,17 @@ def test_killed_fine_tuning_ends_as_if_nothing_had_happened(unbroken, tuned, tmp
     assert_same(result(tmp_path), result(tuned))
 
 
+def test_model_and_average_are_each_evaluated(tuned, tmp_path, capsys):
+    checkpoint = torch.load(tuned / "checkpoint.pt", weights_only=True)
+    assert not torch.equal(checkpoint["model"]["head.weight"], checkpoint["ema"]["head.weight"])
+    last = checkpoint["log"][-1]
+    for name, keys in ("model", ("top1", "top5")), ("ema", ("top1_ema", "top5_ema")):
+        torch.save(checkpoint[name], tmp_path / f"{name}.pt")
+        call(finetune, "--init", tmp_path / f"{name}.pt", *TUNE, "--eval")
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (found["top1"], found["top5"]) == tuple(last[key] for key in keys)
+
+
 @pytest.mark.parametrize("mode", ["--eval", "--knn"])
 def test_two_processes_count_every_image_once(tuned, mode):
     """1,003 images do not divide: padding would count some twice."""
