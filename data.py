@@ -73,8 +73,8 @@ class Subset:
     """Some images of a source, by number."""
 
     def __init__(self, source, indices: list[int]):
-        self.source, self.indices, self.classes = source, indices, source.classes
-        self.labels = [source.labels[index] for index in indices]
+        self.source, self.indices, self.classes = source, np.array(indices), source.classes
+        self.labels = source.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -147,7 +147,7 @@ class Shapes:
 
     def __init__(self, length: int, size: int = 64, start: int = 0):
         self.numbers = range(start, start + length)
-        self.labels = [number % len(SHAPES) for number in self.numbers]  # the class of each image
+        self.labels = np.array(self.numbers) % len(SHAPES)  # the class of each image
         self.size = size
 
     def __len__(self) -> int:
@@ -208,19 +208,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]) -> Image.Image:
     """Crop `box` (left, top, right, bottom) and resize it to `size` (side, or width and height), bicubic; returns RGB.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way, which
-    is faster and hardly differs. An EXIF rotation comes last, where it is cheapest, so `box` is in the file's frame.
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way,
+    which is faster and hardly differs. `image` keeps its size, so that another view can be taken from it. An EXIF
+    rotation comes last, where it is cheapest: `box` is in the file's frame, `size` that of the upright result.
     """
     width, height = (size, size) if isinstance(size, int) else size
+    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)  # loading turns a TIFF upright
+    if orientation >= 5:  # lies on its side
+        width, height = height, width
     scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
-    if scale >= 2:
-        full_width = image.width
+    if scale >= 2 and image.format in ("JPEG", "MPO") and image.filename:
+        full_width, image = image.width, Image.open(image.filename)  # since `draft` shrinks an image for good
         drafted = image.draft(None, (math.ceil(image.width / scale), math.ceil(image.height / scale)))
         if drafted:
-            shrink = drafted[1][2] / full_width
-            box = tuple(edge * shrink for edge in box)
-    image.load()  # which turns a TIFF upright by itself, and takes its tag away
-    orientation = image.getexif().get(0x0112, 1)
+            box = tuple(edge * drafted[1][2] / full_width for edge in box)
     image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     if orientation != 1:
         image.info = {}  # exif_transpose would write all of a camera's tags again, and fail where one is odd
@@ -407,34 +408,50 @@ def mixup_cutmix(
 # Samples and batches
 
 
+def seed_from(*parts) -> int:
+    """A seed of 63 bits from numbers and words: other parts, other seed, where a sum would give some twice."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(63)
+
+
 class Samples(torch.utils.data.Dataset):
-    """Sample number `key` = epoch * len(source) + index: (*transform(image, rng), label, broken).
+    """Sample number `key` = epoch * len(source) + index: (*transform(image, rng), label).
 
     source: an `ImageFolder`, `Shapes`, or `Subset` of one.
     transform: takes the opened image and a random.Random that knows only (seed, epoch, index); returns a tuple.
-    broken: -1, or the index of a file that can't be read. Such a sample is replaced by another, the same everywhere.
-    `.broken` collects the indices of those that were warned of.
+    A file that can't be read is replaced by another, the same one in every run; with replace=False by a gray image
+    labelled -1, which evaluation leaves out.
+    broken: bool (len(source),), the files found unreadable so far, by any loading worker: they share its memory.
+    reported: those of them that were named to the user.
     """
 
-    def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0):
-        self.source, self.transform, self.seed = source, transform, seed
-        self.broken: set[int] = set()
+    def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0,
+                 replace: bool = True):
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self.reported = self.broken.clone()
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def state_dict(self) -> dict:
+        return {"broken": self.broken}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.broken |= state["broken"]
+
     def __getitem__(self, key: int) -> tuple:
         epoch, wanted = divmod(key, len(self))
-        index, broken = wanted, -1
-        for attempt in range(10):
+        index = wanted
+        for attempt in range(10 if self.replace else 1):
             # of the wanted image, or else two broken files that name each other would go round in circles
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
-                return *self.transform(self.source.open(index), rng), self.source.labels[index], broken
+                return *self.transform(self.source.open(index), rng), int(self.source.labels[index])
             except Exception:  # Pillow has a dozen kinds for a bad file; the training loop counts them and stops early
-                broken, index = wanted, rng.randrange(len(self))
+                self.broken[index] = True
+                index = rng.randrange(len(self))
         gray = Image.new("RGB", (64, 64), "gray")
-        return *self.transform(gray, rng), self.source.labels[index], broken
+        return *self.transform(gray, rng), int(self.source.labels[wanted]) if self.replace else -1
 
 
 class Batches(torch.utils.data.Sampler):
@@ -456,7 +473,8 @@ class Batches(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for epoch in range(self.start // self.steps_per_epoch, self.epochs):
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + epoch))
+            generator = torch.Generator().manual_seed(seed_from(self.seed, "order", epoch))
+            order = torch.randperm(self.length, generator=generator)
             keys = order + epoch * self.length
             for step in range(self.steps_per_epoch):
                 if epoch * self.steps_per_epoch + step >= self.start:

@@ -1,13 +1,12 @@
 """Masks for masked image modelling: block-wise (BootMAE's and BEiT's) and random (MAE's), each with an exact count.
 
 A mask is a bool tensor (B, N) over the patches of a (rows, columns) grid, numbered row by row; True = masked.
-This file needs only torch.
+Needs only torch.
 """
 import math
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -79,17 +78,3 @@ def _fill_up(mask: Tensor, num_masked: int, generator: torch.Generator | None) -
     score = torch.rand(batch, num_patches, generator=generator) + mask    # the masked ones score highest, so they stay
     chosen = score.topk(num_masked, dim=1).indices                        # (B, M)
     return torch.zeros_like(mask).scatter(1, chosen, True)                # (B, N)
-
-
-def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weight of each patch in the loss: w = m * avg3(m) + m, where avg3 is a 3 x 3 mean with zero padding.
-
-    The middle of a masked region, the hardest to fill in, weighs most: 2; an isolated masked patch weighs 1 + 1/9, a
-    visible one 0. Takes bool (B, rows * columns), returns float32 of that shape. Raises ValueError on another shape.
-    """
-    if mask.ndim != 2 or mask.shape[1] != grid[0] * grid[1]:
-        needed = f"a {grid[0]} x {grid[1]} grid needs (B, {grid[0] * grid[1]})"
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; {needed}")
-    m = mask.float().unflatten(1, grid)                                   # (B, rows, columns)
-    around = F.avg_pool2d(m[:, None], 3, stride=1, padding=1)[:, 0]       # (B, rows, columns), the padding counts
-    return (m * around + m).flatten(1)                                    # (B, N)

@@ -4,8 +4,11 @@ Read from the top: attention and blocks, the ViT, the decoder with feature injec
 the paper's figure of the architecture. Shapes: B images, N patches of p x p pixels and C channels, V of them visible,
 M = N - V masked; encoder width D, decoder width d. CLS is always token 0, so an encoder sequence is 1 + V long.
 """
+import argparse
 import copy
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +72,16 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
 # Transformer blocks. Their names, and so the keys in a state_dict, are timm's.
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(w)) v for q (B, h, T, w), k and v (B, h, S, w): torch's fused kernel wherever it is faster.
+
+    In bfloat16 on a CPU it is 2 to 16 times slower than the plain products (torch 2.13, 26 to 577 tokens).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention to a context of width `context_dim`.
 
@@ -97,7 +110,7 @@ class Attention(nn.Module):
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)             # (B, T, h*w), (B, S, h*w) twice
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))   # (B, h, T or S, w)
-        x = F.scaled_dot_product_attention(q, k, v)                              # (B, h, T, w)
+        x = attend(q, k, v)                                                      # (B, h, T, w)
         return self.proj(x.transpose(1, 2).flatten(2))                           # (B, T, dim)
 
 
@@ -307,7 +320,7 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
-        """latent (B, 1+V, D), context likewise, masked (B, M) patch indices -> tokens (B, N, d), the masked ones last.
+        """latent (B, 1+V, D), context likewise, masked (B, M) patch indices -> predictions (B, M, out_dim).
 
         Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
         """
@@ -316,38 +329,7 @@ class Decoder(nn.Module):
         x = torch.cat([visible, holes], dim=1)                    # (B, 1+N, d)
         for block in self.blocks:
             x = block(x, context)
-        return x[:, 1:]
-
-    def predict(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, n, d) -> predictions (B, n, out_dim)."""
-        return self.head(self.norm(tokens))
-
-
-class Output:
-    """What `BootMAE.forward` returns.
-
-    pixel_loss, feature_loss: scalars, over the masked patches (feature_loss is 0 without a feature target).
-    pixels (B, N, C*p*p): the predicted pixels of each patch in image order, normalised as `normalize_patches` does.
-    features (B, N, D): the predicted teacher features (None without a feature target).
-    The losses need the masked patches alone, so the last two are computed when they are read: read them before the
-    optimizer changes the weights. No loss trains their visible patches.
-    """
-
-    def __init__(self, pixel_loss: Tensor, feature_loss: Tensor, model: "BootMAE", order: Tensor, tokens: tuple):
-        self.pixel_loss, self.feature_loss = pixel_loss, feature_loss
-        self._model, self._order, self._tokens = model, order, tokens
-
-    def _predict(self, decoder: Decoder, tokens: Tensor) -> Tensor:
-        """Predictions for tokens (B, N, d), put back into image order by undoing `order`: (B, N, out_dim)."""
-        return torch.take_along_dim(decoder.predict(tokens), self._order.argsort(dim=1)[:, :, None], dim=1)
-
-    @property
-    def pixels(self) -> Tensor:
-        return self._predict(self._model.regressor, self._tokens[0])
-
-    @property
-    def features(self) -> Tensor | None:
-        return self._predict(self._model.predictor, self._tokens[1]) if self._model.predictor is not None else None
+        return self.head(self.norm(x[:, visible.shape[1]:]))      # (B, M, out_dim)
 
 
 def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
@@ -358,6 +340,35 @@ def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
     x = patches.unflatten(-1, (-1, patch_size**2))                # (..., C, p*p)
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     return ((x - mean) / (variance + 1e-5).sqrt()).flatten(-2)
+
+
+def standardize(features: Tensor) -> Tensor:
+    """LayerNorm without parameters over the last dimension, in float32: teacher and prediction are compared in it."""
+    return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)
+
+
+def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weight of each patch in the losses: w = m * avg3(m) + m, where avg3 is a 3 x 3 mean with zero padding.
+
+    The middle of a masked region, the hardest to fill in, weighs most: 2. A masked patch alone weighs 1 + 1/9, a
+    visible one 0. Takes bool (B, rows * columns), returns float32 of that shape. Raises ValueError on another shape.
+    """
+    if mask.ndim != 2 or mask.shape[1] != grid[0] * grid[1]:
+        needed = f"a {grid[0]} x {grid[1]} grid needs (B, {grid[0] * grid[1]})"
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; {needed}")
+    m = mask.float().unflatten(1, grid)                           # (B, rows, columns)
+    around = F.avg_pool2d(m[:, None], 3, stride=1, padding=1)     # (B, 1, rows, columns), the padding counts
+    return (m * around[:, 0] + m).flatten(1)                      # (B, N)
+
+
+class Output(NamedTuple):
+    """What `BootMAE.forward` returns. Predictions are those of the masked patches, in ascending order."""
+
+    pixel_loss: Tensor         # scalar
+    feature_loss: Tensor       # scalar, 0 without a feature target
+    pixels: Tensor             # (B, M, C*p*p), normalised as `normalize_patches` does
+    features: Tensor | None    # (B, M, D), what the teacher is predicted to say; None without a feature target
+    masked: Tensor             # (B, M) int64, the indices of these patches
 
 
 class BootMAE(nn.Module):
@@ -413,7 +424,7 @@ class BootMAE(nn.Module):
         visible, masked = self.split(images, mask)                                            # (B, V), (B, M) indices
         patches = patchify(images, self.patch_size)                                           # (B, N, C*p*p)
         masked_patches = torch.take_along_dim(patches, masked[:, :, None], dim=1)             # (B, M, C*p*p)
-        weight = self.patch_weight(mask.to(images.device, non_blocking=True), masked)         # (B, M, 1)
+        weight = self.masked_weight(mask.to(images.device, non_blocking=True), masked)        # (B, M, 1)
 
         # Encoder: sees the visible patches alone. Two taps lead to the decoders.
         last, tapped = self.encoder.encode(patches, visible, taps=self.inject)                # (B, 1+V, D)
@@ -421,17 +432,15 @@ class BootMAE(nn.Module):
         latent = self.encoder.norm(last)                                                      # (B, 1+V, D)
 
         # Pixel regressor: the low-level target, with shallow features injected.
-        pixel_tokens = self.regressor(latent, shallow, masked)                                # (B, N, d), masked last
-        pixels = self.regressor.predict(pixel_tokens[:, visible.shape[1]:])                   # (B, M, C*p*p)
+        pixels = self.regressor(latent, shallow, masked)                                      # (B, M, C*p*p)
         pixel_target = normalize_patches(masked_patches, self.patch_size)                     # (B, M, C*p*p)
         # A mean over the masked patches. The paper's mean over all, divided by mean(m), is the same: the rest weighs 0.
         pixel_loss = (weight * (pixels.float() - pixel_target) ** 2).mean()
 
-        feature_tokens, feature_loss = None, torch.zeros_like(pixel_loss)
+        features, feature_loss = None, torch.zeros_like(pixel_loss)
         if self.teacher is not None:
             # Feature predictor: the high-level target, with deep features injected.
-            feature_tokens = self.predictor(latent, deep, masked)                             # (B, N, D), masked last
-            features = self.predictor.predict(feature_tokens[:, visible.shape[1]:])           # (B, M, D)
+            features = self.predictor(latent, deep, masked)                                   # (B, M, D)
             # Momentum teacher: sees the whole image. `standardize` takes the place of its final norm, without a learned
             # scale that could shrink the target.
             with torch.no_grad():
@@ -439,8 +448,7 @@ class BootMAE(nn.Module):
                 feature_target = torch.take_along_dim(taught[:, 1:], masked[:, :, None], 1)   # (B, M, D)
             feature_loss = (weight * (standardize(features) - standardize(feature_target)) ** 2).mean()
 
-        order = torch.cat([visible, masked], dim=1)                                           # (B, N)
-        return Output(pixel_loss, feature_loss, self, order, (pixel_tokens, feature_tokens))
+        return Output(pixel_loss, feature_loss, pixels, features, masked)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -465,33 +473,144 @@ class BootMAE(nn.Module):
         order = mask.byte().argsort(dim=1, stable=True)                                       # (B, N), visible first
         return order[:, :-low], order[:, -low:]
 
-    def patch_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
-        """Loss weights of the masked patches (B, M, 1): m * avg3(m) + m, more in the middle of a masked region.
-
-        `masking.loss_weight` is the same; it is repeated here so that this file needs no other.
-        """
-        m = mask.float().unflatten(1, self.grid)                                              # (B, rows, columns)
-        if self.weighted_loss:
-            m = m * F.avg_pool2d(m[:, None], 3, stride=1, padding=1)[:, 0] + m
-        return m.flatten(1).take_along_dim(masked, dim=1)[:, :, None]
-
-
-def standardize(features: Tensor) -> Tensor:
-    """LayerNorm without parameters over the last dimension, in float32: teacher and prediction are compared in it."""
-    return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)
+    def masked_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
+        """Loss weights of the masked patches (B, M, 1): `loss_weight`'s, or all 1."""
+        weight = loss_weight(mask, self.grid) if self.weighted_loss else mask.float()         # (B, N)
+        return weight.take_along_dim(masked, dim=1)[:, :, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The authors' files
+# Weights from files: this project's encoder.pt, checkpoint.pt and best.pt, the authors', MAE's and timm's
+
+
+def load_vit(
+    path: str,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    drop_path: float = 0.0,
+    teacher: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> ViT:
+    """A ViT of the sizes found in a file of weights, in evaluation mode.
+
+    path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE, or timm's
+    state_dict of a plain ViT. img_size: None is the file's; at any other, positions are interpolated. num_classes:
+    None is the file's (an encoder if it has no head); with another number the head is new, with 0 there is none.
+    teacher: take the teacher's weights from a pretraining checkpoint. report: called with a line that says what was
+    loaded, left out and new.
+    Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
+    """
+    state = read_weights(path, teacher)
+    sizes = sizes_of(state, path)
+    if img_size is not None:
+        sizes["img_size"] = img_size
+    elif sizes["img_size"] is None:
+        raise ValueError(f"{path} is not for square images: give the image size")
+    if num_classes is not None:
+        sizes["num_classes"] = num_classes
+    vit = ViT(**sizes, drop_path=drop_path)
+    report(load_matching(vit, state, path))
+    return vit.eval()
+
+
+def read_file(path: str) -> dict:
+    """Read a dict of tensors and plain values. ValueError, naming the file, if it can't be read or holds code."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except OSError as error:
+        raise ValueError(f"can't read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch.load has a kind for each way in which a file can be bad
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise ValueError(f"{path} is damaged or no plain file of tensors, and was left as it is ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state_dict of a ViT")
+    return content
+
+
+def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
+    """A ViT's state_dict from any file that `load_vit` takes; it may hold keys of other parts as well."""
+    content = read_file(path)
+    state = content.get("model") or content.get("module") or content
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{path} holds no state_dict of a ViT")
+    if any(key.endswith("q_bias") for key in state):  # the authors' layout
+        if teacher and not content.get("model_ema"):
+            raise ValueError(f"{path} was saved without a teacher (no model_ema); leave --teacher out")
+        try:
+            state = from_official(content)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not quite a file of the authors' code: {error}") from error
+    part = "teacher." if teacher else "encoder."
+    if any(key.startswith("encoder.") for key in state):
+        if not any(key.startswith(part) for key in state):
+            raise ValueError(f"{path} was pretrained without a teacher; leave --teacher out")
+        state = {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+    elif teacher:
+        raise ValueError(f"{path} holds no teacher; a checkpoint.pt of train.py or of the authors does")
+    return state
+
+
+def sizes_of(state: dict[str, Tensor], path: str) -> dict:
+    """Keyword arguments of the `ViT` that a state_dict belongs to; img_size is None if the images were not square."""
+    if any(key.startswith("features.encoder.") for key in state):
+        raise ValueError(f"{path} is of a linear probe; give the encoder that it was trained on")
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    if missing := [key for key in needed if key not in state]:
+        raise ValueError(f"{path} fits no ViT: it has no {missing[0]}")
+    try:
+        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        _, num_positions, _ = state["pos_embed"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} fits no ViT: its tensors have other names or shapes") from error
+    known = {(size["embed_dim"], size["depth"]): size for size in SIZES.values()}
+    if (embed_dim, depth) not in known:  # the number of heads is in no file
+        raise ValueError(f"{path} has {depth} blocks of width {embed_dim}; none of model.py's SIZES has: add a line")
+    side = math.isqrt(num_positions - 1)
+    return dict(
+        img_size=side * patch_size if side * side + 1 == num_positions else None,
+        patch_size=patch_size,
+        **known[embed_dim, depth],
+        num_classes=len(state["head.weight"]) if "head.weight" in state and "fc_norm.weight" in state else 0,
+        in_chans=in_chans,
+    )
+
+
+def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
+    """Copy what fits into `vit`; returns a line on what was loaded, left out and new.
+
+    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has parts without which it
+    would be another network, layer scale for one.
+    """
+    own, state, note = vit.state_dict(), dict(state), ""
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    if side * side + 1 == state["pos_embed"].shape[1] and (side, side) != vit.grid:
+        state["pos_embed"] = resize_positions(state["pos_embed"].float(), (side, side), vit.grid)
+        note = f"; positions interpolated from {side} x {side} to {vit.grid[0]} x {vit.grid[1]}"
+    loaded = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    left_out, new = sorted(state.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
+    for key in new:
+        if not key.startswith(("norm.", "fc_norm.", "head.")):
+            raise ValueError(f"{path} does not fit: {key} is missing or has another shape")
+    for key in left_out:
+        if key.startswith(("blocks.", "norm_pre.", "reg_token")):
+            raise ValueError(f"{path} does not fit: it has {key}, which this ViT lacks, so it would be another network")
+    vit.load_state_dict(loaded, strict=False)
+
+    def names(keys: list[str]) -> str:
+        return (", ".join(keys[:6]) or "nothing") + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+
+    return f"{path}: {len(loaded)} tensors loaded; left out: {names(left_out)}; new: {names(new)}{note}"
 
 
 def from_official(checkpoint: dict) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors' code (github LightDXY/BootMAE), or its 'model' alone, into our state_dict.
+    """Turn a checkpoint of the authors' code (github LightDXY/BootMAE), or its weights alone, into our state_dict.
 
     A pretraining checkpoint gives one for `BootMAE` (the teacher is 'model_ema', where there is one), a fine-tuned one
-    for a `ViT` with a head. Raises ValueError naming the keys that belong to neither.
+    for a `ViT` with a head. Raises ValueError naming a key that belongs to neither.
     """
-    theirs = checkpoint.get("model", checkpoint)
+    theirs = checkpoint.get("model") or checkpoint.get("module") or checkpoint     # 'module' is DeepSpeed's name
     if "head.weight" in theirs:
         return _merge_biases(theirs)
     ours = _merge_biases(theirs)

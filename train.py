@@ -4,7 +4,7 @@
     python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
-Run the same command again and it goes on where it was. `--batch_size` counts the images of one optimizer step over all
+Run the same command again and it goes on where it was. --batch_size counts the images of one optimizer step over all
 processes and accumulation steps, so a recipe means the same on any number of GPUs.
 """
 import argparse
@@ -24,294 +24,115 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from masking import block_mask, random_mask
+from model import SIZES, BootMAE, load_matching, patchify, read_file, read_weights, sizes_of, unpatchify
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Recipes: each value can be overridden by the flag of the same name.
+# Settings: a flag beats the recipe, and the recipe beats the defaults, which are those of ViT-B on ImageNet
 
-IMAGENET = dict(
-    model="base", img_size=224, patch_size=16, decoder_dim=512, decoder_depth=2,
-    mask="block", mask_ratio=0.75, inject=(1, -1), feature_target=1, weighted_loss=1,
-    epochs=800, batch_size=4096, base_lr=1.5e-4, min_lr=1e-4, warmup_epochs=40, weight_decay=0.05, betas=(0.9, 0.95),
-    feature_ramp=0.25, momentum=(0.999, 0.9999, 0.99999), crop_scale=(0.2, 1.0), num_images=0,
-)
 RECIPES = {
-    "shapes": IMAGENET | dict(
-        model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.6,
-        epochs=15, batch_size=16, base_lr=16e-3, min_lr=0.0, warmup_epochs=1, crop_scale=(0.6, 1.0), num_images=2400,
-        momentum=(0.9, 0.97, 0.99), feature_ramp=1.0,  # in so few steps the teacher has to follow fast, and learns late
+    "imagenet": dict(),
+    "imagenet_large": dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
+    "cifar10": dict(
+        model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512,
+        base_lr=5e-4, min_lr=0.0,
     ),
-    "imagenet": IMAGENET,
-    "imagenet_large": IMAGENET | dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
-    "cifar10": IMAGENET | dict(
-        model="small", img_size=32, patch_size=4, decoder_dim=192,
-        epochs=300, batch_size=512, base_lr=5e-4, min_lr=0.0, warmup_epochs=10, momentum=(0.99, 0.996, 0.999),
+    # In short runs large holes teach little, and a teacher has little to say until late: random masks, a late lambda
+    "photos": dict(
+        model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.7,
+        crop_scale=(0.4, 1.0), epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0, feature_ramp=1.0,
+    ),
+    "shapes": dict(
+        model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.6,
+        crop_scale=(0.6, 1.0), epochs=15, warmup_epochs=1, batch_size=16, base_lr=16e-3, min_lr=0.0, feature_ramp=1.0,
     ),
 }
-HELP = dict(
-    model="size of the encoder: nano, tiny, small, base or large (model.py's SIZES)",
-    img_size="side of the square input", patch_size="side of a patch",
-    decoder_dim="width of the pixel regressor", decoder_depth="blocks in each decoder",
-    mask="block-wise or random masks: block, random", mask_ratio="fraction of the patches that is masked",
-    inject="encoder blocks injected into regressor and predictor: -1 is the last, 0 is none",
-    feature_target="0: no teacher and no feature predictor", weighted_loss="0: masked patches all weigh the same",
-    epochs="length of the run", batch_size="images a step, over all processes and --accum_steps",
-    base_lr="learning rate for 256 images; it scales with --batch_size",
-    min_lr="learning rate at the end, or the peak if that is lower",
-    warmup_epochs="linear warm-up from 0", weight_decay="not on biases, norms and CLS token", betas="of AdamW",
-    feature_ramp="fraction of training over which the weight of feature_loss rises to 1",
-    momentum="of the teacher at the start, at 1/8 and from 1/2 of training", crop_scale="area of a random crop",
-    num_images="how many built-in images, or the most to use of a folder (0: all)",
-)
-FIXED = (  # what a resumed run may not change
-    "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask", "mask_ratio", "inject", "feature_target",
-    "weighted_loss", "seed",
-)
-
-RANGES = dict(  # of all flags that are numbers, here and in finetune.py; NaN is in none
-    img_size=(1, 1e5), patch_size=(1, 1e4), decoder_dim=(4, 1e5), decoder_depth=(1, 100), mask_ratio=(0, 1),
-    feature_target=(0, 1), weighted_loss=(0, 1), feature_ramp=(0, 1), momentum=(0, 1), crop_scale=(1e-6, 1),
-    crop_ratio=(0.05, 1), epochs=(1, 1e9), warmup_epochs=(0, 1e9), batch_size=(1, 1e9), accum_steps=(1, 1e9),
-    lr=(0, 1e30), base_lr=(0, 1e30), min_lr=(0, 1e30), weight_decay=(0, 1e9), betas=(0, 0.9999999),
-    layer_decay=(1e-3, 1), drop_path=(0, 0.99),
-    mixup=(0, 1e3), cutmix=(0, 1e3), smoothing=(0, 1), rand_augment=(0, 10), erasing=(0, 1),
-    model_ema=(0, 0.9999999), labels_per_class=(0, 1e9), num_images=(0, 1e9), num_val=(1, 1e9), neighbours=(1, 1e9),
-    depth=(0, 1e3), save_every=(1, 1e9), log_every=(1, 1e9), picture_every=(1, 1e9), eval_every=(1, 1e9),
-    workers=(0, 1e3), seed=(0, 2**40),
-)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        fail(message)
-
-
-def fail(message: str, code: int = 2, everywhere: bool = False):
-    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong. One process of each machine
-    speaks for all, unless `everywhere`: what happens to one alone."""
-    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def add_recipe_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict], helps: dict[str, str]) -> None:
-    for name, value in recipes["imagenet"].items():
-        first, count = (value[0], len(value)) if isinstance(value, tuple) else (value, None)
-        parser.add_argument(f"--{name}", type=type(first), nargs=count, help=f"{helps[name]} (for ImageNet: {value})")
-
-
-def apply_recipe(args: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
-    """Fill in the recipe's value wherever no flag was given."""
-    for name, value in recipes[args.recipe].items():
-        given = getattr(args, name)
-        setattr(args, name, value if given is None else tuple(given) if isinstance(value, tuple) else given)
-    return args
-
-
-def check_ranges(args: argparse.Namespace) -> argparse.Namespace:
-    """Exit, naming the flag, if a number is out of its range."""
-    for name, value in vars(args).items():
-        low, high = RANGES.get(name, (None, None))
-        for number in value if isinstance(value, tuple) else (value,):
-            if low is not None and number is not None and not low <= number <= high:
-                fail(f"--{name} {number}: must be {low:g} to {high:g}")
-    if args.warmup_epochs > args.epochs:
-        fail(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: give fewer")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        fail(f"--crop_scale {args.crop_scale[0]} {args.crop_scale[1]}: the smaller one comes first")
-    if args.data == "":
-        fail("--data is empty: name a folder, or leave it out for the built-in images")
-    return args
-
-
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", help="folder for everything that is written (default: below output/)")
-    parser.add_argument("--fresh", action="store_true", help="start over, even where there is a checkpoint")
-    parser.add_argument("--accum_steps", type=int, default=1, help="cut a batch into this many, to save memory")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    parser.add_argument("--workers", type=int, help="processes that load images, for each process that trains "
-                        "(default: with a GPU the cores there are for each, at most 16; else 1)")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
-    parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: off on a CPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--save_every", type=int, default=1, help="epochs between checkpoints")
-    parser.add_argument("--log_every", type=int, default=20, help="steps between looks at the losses")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of images, nested or flat (default: built-in images)")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: imagenet with --data, else shapes")
-    parser.add_argument("--benchmark", action="store_true", help="time steps and loading, print a table, train nothing")
-    parser.add_argument("--picture_every", type=int, default=5, help="epochs between pictures")
-    add_common_flags(parser)
-    add_recipe_flags(parser, RECIPES, HELP)
-    args = parser.parse_args(argv)
-    args.recipe = args.recipe or ("imagenet" if args.data else "shapes")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", help="folder of images, nested or flat; without it, built-in images")
+    add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
+    add("--init", help="start from the encoder in this file, of any kind that finetune.py takes")
+    add("--num_images", type=number(0, kind=int), default=0, help="use so many; 0: all (built-in ones: 2,400)")
+    add("--model", choices=SIZES, default="base", help="size of the encoder")
+    add("--img_size", type=number(1, kind=int), default=224, help="side of the square input")
+    add("--patch_size", type=number(1, kind=int), default=16, help="side of a patch")
+    add("--decoder_dim", type=number(4, kind=int), default=512, help="width of the pixel regressor")
+    add("--decoder_depth", type=number(1, 100, int), default=2, help="blocks in each decoder")
+    add("--inject", type=int, nargs=2, default=(1, -1), help="encoder blocks injected into regressor and predictor: "
+        "-1 is the last, 0 is none")
+    add("--feature_target", type=int, choices=(0, 1), default=1, help="0: no teacher and no feature predictor")
+    add("--weighted_loss", type=int, choices=(0, 1), default=1, help="0: masked patches all weigh the same")
+    add("--mask", choices=("block", "random"), default="block", help="kind of masks")
+    add("--mask_ratio", type=number(0, 1), default=0.75, help="fraction of the patches that is masked")
+    add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.2, 1.0), help="area of a random crop")
+    add("--epochs", type=number(1, kind=int), default=800, help="length of the run")
+    add("--warmup_epochs", type=number(0), default=40, help="linear warm-up from 0; its share of the run is kept "
+        "where --epochs changes")
+    add("--batch_size", type=number(1, kind=int), default=4096, help="images a step, over processes and --accum_steps")
+    add("--base_lr", type=number(0), default=1.5e-4, help="learning rate for 256 images; scales with --batch_size")
+    add("--min_lr", type=number(0), default=1e-4, help="learning rate at the end, or the peak if that is lower")
+    add("--weight_decay", type=number(0), default=0.05, help="not on biases, norms and CLS token")
+    add("--betas", type=number(0, 0.9999999), nargs=2, default=(0.9, 0.95), help="of AdamW")
+    add("--feature_ramp", type=number(0, 1), default=0.25, help="fraction of training over which the weight of "
+        "feature_loss rises to 1")
+    add("--momentum", type=number(0, 1), nargs=3, default=(0.999, 0.9999, 0.99999), help="of the teacher at the "
+        "start, at 1/8 and from 1/2 of training")
+    add("--picture_every", type=number(1, kind=int), default=5, help="epochs between pictures")
+    add("--benchmark", action="store_true", help="time steps and loading, print a table, train nothing")
+    add_run_flags(parser)
+    args = parse_recipe(parser, RECIPES, argv)
     args.out = args.out or os.path.join("output", args.recipe)
-    return check_ranges(apply_recipe(args, RECIPES))
+    args.init = args.init and os.path.abspath(args.init)
+    return args
 
 
-if __name__ == "__main__":
-    args = parse_args()  # before torch is imported, so that --help and a typo answer at once
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.distributed.rendezvous import rendezvous  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import data  # noqa: E402
-from masking import block_mask, random_mask  # noqa: E402
-from model import SIZES, BootMAE, patchify, unpatchify  # noqa: E402
+# What a resumed run may not change
+FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask",
+         "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Set-up, shared with finetune.py: processes, precision, loading, saving, stopping
+# A sample: one view of an image, and the mask that hides most of it
 
 
-def setup(args: argparse.Namespace) -> SimpleNamespace:
-    """Read torchrun's environment, check the flags that every run has, choose device and precision.
-
-    Returns rank, world_size, local_rank, device, dtype (of autocast; None: off) and is_main.
-    """
-    env = SimpleNamespace(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-    )
-    env.is_main = env.rank == 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
-    cuda = torch.cuda.is_available() and args.device != "cpu"
-    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
-    if args.batch_size % (env.world_size * args.accum_steps):
-        fail(f"--batch_size {args.batch_size} is not divisible by {env.world_size} processes x --accum_steps "
-             f"{args.accum_steps}")
-    if args.workers is None:  # on a CPU the model needs the cores itself
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(16, len(os.sched_getaffinity(0)) // local) if cuda else 1
-
-    env.device = torch.device("cuda", env.local_rank) if cuda else torch.device("cpu")
-    amp = args.amp
-    if amp == "auto":
-        amp = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "off"
-    env.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if cuda:
-        torch.cuda.set_device(env.device)
-        torch.set_float32_matmul_precision("high")
-    return env
+def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
+    """Masks of the kind and ratio that the flags ask for: bool (batch, N)."""
+    num_patches = math.prod(grid)
+    num_masked = round(args.mask_ratio * num_patches)
+    if args.mask == "block":
+        return block_mask(batch, grid, num_masked, generator)
+    return random_mask(batch, num_patches, num_masked, generator)
 
 
-def start_processes(env: SimpleNamespace) -> None:
-    """Join the other processes that torchrun started; gloo beside nccl carries the flags that live on the CPU."""
-    if env.world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo"
-        store, rank, world_size = next(rendezvous("env://"))
-        # After `torchrun --max_restarts` brought a killed process back (on one machine: others count restarts for
-        # themselves), the store still has the addresses of the dead.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
+    """uint8 (3, H, W), bool (N,)."""
+    image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return data.to_tensor(image), pretrain_mask(1, generator, args, grid)[0]
 
 
-def check_agreement(step: int, args: argparse.Namespace, env: SimpleNamespace) -> None:
-    """Processes that found different checkpoints would wait for one another for ever."""
-    if env.world_size > 1:
-        steps = [None] * env.world_size
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            fail(f"--out {args.out}: processes found checkpoints of different steps {sorted(set(steps))}; it must be a "
-                 "folder that all machines share")
-
-
-def total(x: Tensor, env: SimpleNamespace) -> Tensor:
-    """Sum of a tensor over the processes; the same on each."""
-    if env.world_size > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def make_loader(samples: data.Samples, batches, args: argparse.Namespace, env: SimpleNamespace):
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, num_workers=args.workers, pin_memory=env.device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-    )
-
-
-def _ignore_signals(worker: int) -> None:
-    """A Ctrl-C reaches the workers too, but it is the training process that decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-class StopRequest:
-    """Turns SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) into a flag; a second one ends the process at once."""
-
-    def __init__(self, env: SimpleNamespace):
-        self.env, self.signal = env, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
-
-    def remember(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def agreed(self) -> int:
-        """The signal that any process has received, else 0. All must ask together. On the CPU: no GPU sync."""
-        if self.env.world_size > 1:
-            flag = torch.tensor(self.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
-        return self.signal
-
-
-def save(content, path: str) -> None:
-    """Write a file whole or not at all: beside it, flushed to disk, renamed. Bytes, or whatever torch.save takes."""
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
-        fail(f"could not save {path} ({error.__context__ or error}); what was saved before is whole", code=1)
-
-
-def save_log(log: list[dict], out: str) -> None:
-    save("".join(json.dumps(line) + "\n" for line in log).encode(), os.path.join(out, "log.jsonl"))
-
-
-def save_picture(picture: Image.Image, path: str) -> None:
-    file = io.BytesIO()
-    picture.save(file, "png")
-    save(file.getvalue(), path)
-
-
-def load(path: str) -> dict:
-    """Read a file of tensors and plain values. A file that holds anything else, code for one, is refused unread."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their arguments
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except OSError as error:
-        fail(f"can't read {path}: {error.strerror or error}")
-    except Exception as error:  # torch.load has a kind for each way in which a file can be bad
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        fail(f"{path} is damaged or not a plain file of tensors, and was left as it is ({reason})")
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
 
 
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
     """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`.
 
-    `end` does not grow with the batch as `peak` does; where a small batch puts the peak below it, the peak stays.
+    `peak` grows with the batch and `end` does not; where a small batch puts the peak below the end, the peak stays.
     """
     if progress < warmup:
         return peak * progress / warmup
@@ -319,75 +140,725 @@ def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices and mask tokens decay; biases, norms and the CLS token do not."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim == 1 or name.endswith("cls_token")]
-    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith("cls_token"))]
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
+    """Learning rate, weight of feature_loss (lambda) and teacher momentum of one step.
 
-
-def read_checkpoint(path: str, config: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> dict:
-    """Load a checkpoint to go on from, after making sure that it belongs to this run: `fixed` names what must agree.
-
-    Other settings may change, as the length of the run; each that did is printed.
+    A teacher of momentum m averages over about the last 1 / (1 - m) steps. The published run lets it average over
+    0.4 %, 4 % and 40 % of its 250,000 steps, so each value is capped by what that share is of a shorter run.
     """
-    checkpoint = load(path)
-    if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
-        fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
-    before = checkpoint["config"]
-    before = {name: before.get(name) for name in config if before.get(name) != config[name]}
-    if wrong := [f"--{name} {value}" for name, value in before.items() if name in fixed]:
-        fail(f"{path} was trained with {', '.join(wrong)}: give the same, or another --out, or --fresh to start over")
-    if checkpoint["steps_per_epoch"] != steps_per_epoch:
-        fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
-             "data and --batch_size, or another --out, or --fresh to start over")
-    if before and int(os.environ.get("RANK", 0)) == 0:
-        print("changed:", ", ".join(f"--{name} {config[name]} (was {value})" for name, value in before.items()))
-    return checkpoint
+    progress = step / total_steps
+    lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
+    feature_weight = min(1.0, (epoch + 1) / (args.feature_ramp * args.epochs)) if args.feature_ramp else 1.0
+    spans = [max(1.0, share * total_steps) for share in (1 / 240, 1 / 24, 1 / 2.4)]
+    momenta = [min(m, 1 - 1 / span) for m, span in zip(args.momentum, spans)]
+    momentum = float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
+    return lr, feature_weight, momentum
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take over the moments, but not the settings: those are this call's."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings):
-        group |= own
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: matrices and mask tokens decay; biases, norms and the CLS token do not."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim == 1 or name.endswith("cls_token")]["params"].append(p)
+    return groups
 
 
-def check_weights(model: torch.nn.Module, what: str, path: str) -> None:
-    """End the run rather than save weights that are not finite over good ones."""
-    norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-    if not norms.isfinite().all():
-        fail(f"weights are no longer finite: {what}; nothing was saved over {path}. {CURE}", code=1)
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining
 
 
-CURE = "A lower learning rate, a longer warm-up or --amp bf16 may help"
+def main(args: argparse.Namespace) -> None:
+    run = Run(args)
+    with one_line_errors():  # whatever is wrong with the flags shows here, before anything is written
+        run.split_batch()
+        source = open_images(args)
+        model = build_model(args, run.print)
+    samples = data.Samples(source, functools.partial(pretrain_sample, args=args, grid=model.grid), args.seed)
+    steps_per_epoch = len(source) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+
+    model.to(run.device)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=args.betas, fused=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
+    if args.benchmark:
+        return benchmark(model, optimizer, scaler, samples, run)
+
+    meter = Meter(run, "pixel_loss", "feature_loss")
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, samples=samples)
+    start = run.resume(parts, FIXED, steps_per_epoch)
+    run.begin(start, total_steps, f"{args.recipe}: {len(source)} images")
+    network = run.wrap(model)
+    batches = iter(run.loader(samples, data.Batches(
+        len(source), args.batch_size, args.epochs, args.seed, start, args.accum_steps, run.rank, run.world_size)))
+    gallery = [samples[index] for index in range(min(8, len(source)))]
+
+    def save(step: int) -> None:
+        run.check_weights(model, step)
+        run.save(model.encoder.state_dict(), "encoder.pt")
+        run.save_checkpoint(parts, step, steps_per_epoch)
+
+    model.train()
+    for step in (bar := run.bar(start, total_steps)):
+        epoch = step // steps_per_epoch
+        lr, feature_weight, momentum = schedules(step, total_steps, epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # Forward and backward, in parts that fit into memory
+        for part in range(args.accum_steps):
+            images, mask, _ = next(batches)                                       # uint8 (b, 3, H, W), bool (b, N)
+            images = data.scale_pixels(images.to(run.device, non_blocking=True))  # float (b, 3, H, W)
+            network.require_backward_grad_sync = part == args.accum_steps - 1     # DDP averages gradients once a step
+            with run.autocast():
+                out = network(images, mask)  # the mask stays on the CPU, where checking it waits for no GPU
+                loss = out.pixel_loss + feature_weight * out.feature_loss
+            scaler.scale(loss / args.accum_steps).backward()
+            meter.add(out.pixel_loss, out.feature_loss)
+
+        # The student takes a step, the teacher follows
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_teacher(momentum)
+
+        # Look at the losses seldom, since that waits for the device
+        done = step + 1
+        if done == 1 or done % args.log_every == 0:
+            losses = meter.look()
+            run.check_scale(scaler)
+            run.report_broken(samples)
+            bar.set_postfix(losses, lr=lr, refresh=False)
+            if done == 1:
+                run.print_values("first step", losses)
+        if done % steps_per_epoch == 0:
+            run.check_weights(model, done)
+            values = meter.means() | dict(lr=lr, momentum=momentum, feature_weight=feature_weight)
+            if done == total_steps or (epoch + 1) % args.picture_every == 0:
+                picture, quality = draw_reconstructions(model, gallery, run)
+                run.save_picture(picture, f"epoch_{epoch + 1:04d}.png")
+                values |= quality
+            run.log_epoch(done, epoch + 1, values, samples)
+            meter.reset()
+            if done == total_steps or (epoch + 1) % args.save_every == 0:
+                save(done)
+        if run.stop_asked():
+            save(done)
+            run.stop(done)
+    run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures")
 
 
-def wrap(model: torch.nn.Module, args: argparse.Namespace, env: SimpleNamespace) -> torch.nn.Module:
-    """The model as it is called in training: distributed, compiled, or neither. Its parameters stay `model`'s own."""
-    if env.world_size > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
-            # No device_ids: with them it moves the mask to the GPU, and BootMAE.split waits for the GPU to check it.
-            model = torch.nn.parallel.DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-    return torch.compile(model) if args.compile else model
+def open_images(args: argparse.Namespace):
+    """The images to train on, as a source of `data.Samples`. Raises ValueError if there are fewer than a batch."""
+    source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images or 2400, args.img_size)
+    if 0 < args.num_images < len(source):
+        source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
+    if len(source) < args.batch_size and not args.benchmark:
+        raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are: give a "
+                         "smaller one, or --recipe photos, which suits a folder of a few thousand")
+    return source
 
 
-def make_out(args: argparse.Namespace, config: dict) -> None:
-    """Create the output folder; only called when nothing else can be wrong with the call."""
+def build_model(args: argparse.Namespace, report: Callable[[str], None]) -> BootMAE:
+    """The model that the flags ask for, with the same weights in every process. Raises ValueError if sizes misfit.
+
+    report: called with a line on what was loaded from --init.
+    """
+    torch.manual_seed(args.seed)
+    model = BootMAE(
+        args.img_size, args.patch_size, **SIZES[args.model], decoder_dim=args.decoder_dim,
+        decoder_depth=args.decoder_depth, inject=args.inject, feature_target=bool(args.feature_target),
+        weighted_loss=bool(args.weighted_loss),
+    )
+    if args.init:
+        state = read_weights(args.init)
+        sizes = sizes_of(state, args.init)
+        for name, found in dict(SIZES[args.model], patch_size=args.patch_size).items():
+            if sizes[name] != found:
+                raise ValueError(f"--init {args.init} has {name} {sizes[name]}, and the flags ask for {found}: choose "
+                                 "--model and --patch_size to match")
+        report(load_matching(model.encoder, state, args.init))
+        if model.teacher is not None:
+            model.teacher.load_state_dict(model.encoder.state_dict())
+    num_patches = math.prod(model.grid)
+    if not 0 < round(args.mask_ratio * num_patches) < num_patches:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
+                         "and one visible")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+@torch.no_grad()
+def draw_reconstructions(model: BootMAE, gallery: list[tuple], run: "Run") -> tuple[Image.Image, dict[str, float]]:
+    """A picture of what the model makes of some samples of `pretrain_sample`, and how close it comes.
+
+    Columns: original, masked, no prediction, prediction, teacher features as colours. The target leaves out a patch's
+    mean and contrast, so the true ones are given back; "no prediction" has the true mean and nothing else, which is
+    what predicting zeros would look like. psnr and psnr_nothing compare the masked patches of both with the original.
+    The colours are three principal components of what the teacher says minus what it says on average at that place.
+    """
+    images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(run.device)    # (B, 3, H, W)
+    model.eval()
+    out = model(images, torch.stack([sample[1] for sample in gallery]))
+    model.train()
+    p, grid, masked = model.patch_size, model.grid, out.masked[:, :, None]                       # (B, M, 1)
+    patches = patchify(images, p)                                                                # (B, N, 3*p*p)
+    truth = torch.take_along_dim(patches, masked, 1).unflatten(2, (3, -1))                       # (B, M, 3, p*p)
+    variance, mean = torch.var_mean(truth, dim=3, correction=0, keepdim=True)                    # (B, M, 3, 1)
+    predicted = (out.pixels.float().unflatten(2, (3, -1)) * (variance + 1e-5).sqrt() + mean).clamp(-1, 1)
+
+    def shown(values: Tensor) -> Tensor:
+        """The images with (B, M, 3, p*p) in the masked places, (B, 3, H, W)."""
+        return unpatchify(patches.scatter(1, masked.expand(-1, -1, patches.shape[2]), values.flatten(2)), p, grid)
+
+    def psnr(values: Tensor) -> float:
+        return -10 * math.log10((values - truth).div(2).square().mean().item() + 1e-10)  # pixels span 2
+
+    nothing = mean.expand_as(truth)
+    columns = {"original": images, "masked": shown(torch.full_like(truth, 0.5)), "no prediction": shown(nothing),
+               "prediction": shown(predicted)}
+    if model.teacher is not None:
+        features = model.teacher.encode(patches)[0][:, 1:].float()                               # (B, N, D)
+        features = (features - features.mean(dim=0)).flatten(0, 1)                               # (B*N, D)
+        _, axes = torch.linalg.eigh(features.T @ features)                                       # eigenvalues rise
+        axes = axes[:, -3:].flip(1)                                                              # (D, 3)
+        colours = features @ (axes * axes.sum(dim=0).sign())                                     # (B*N, 3), sign fixed
+        colours = (colours / (2 * colours.std(dim=0) + 1e-6)).clamp(-1, 1)
+        maps = colours.unflatten(0, (len(images), *grid)).permute(0, 3, 1, 2)                    # (B, 3, rows, columns)
+        columns["teacher features"] = nn.functional.interpolate(maps, images.shape[2:])
+
+    zoom = max(1, round(144 / images.shape[3]))
+    side = zoom * images.shape[3] + 4
+    picture = Image.new("RGB", (2 * len(columns) * side, math.ceil(len(images) / 2) * side + 24), "white")
+    for place, (title, column) in enumerate(2 * list(columns.items())):  # two images a row
+        ImageDraw.Draw(picture).text((place * side + 2, 4), title, fill="black", font_size=15)
+        for row, image in enumerate(column[place // len(columns) :: 2]):
+            pixels = image.add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()       # (H, W, 3)
+            picture.paste(ImageOps.scale(Image.fromarray(pixels), zoom, Image.Resampling.NEAREST),
+                          (place * side, row * side + 24))
+    return picture, dict(psnr=psnr(predicted), psnr_nothing=psnr(nothing))
+
+
+def draw_curves(log: list[dict]) -> Image.Image:
+    """The losses of each epoch, and for a classifier top-1, a panel each."""
+    names = ("pixel_loss", "feature_loss", "loss", "top1", "top1_ema")
+    curves = {name: [(line["epoch"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
+              for name in names}
+    curves = {name: points for name, points in curves.items() if any(value for _, value in points)}
+    width, height, left, top = 440, 300, 64, 40
+    picture = Image.new("RGB", (width * max(1, len(curves)), height), "white")
+    draw = ImageDraw.Draw(picture)
+    last = max(2, log[-1]["epoch"])
+    for place, (name, points) in enumerate(curves.items()):
+        x0, y0, w, h = place * width + left, top, width - left - 24, height - top - 44
+        low, high = min(value for _, value in points), max(value for _, value in points)
+        room = 0.05 * (high - low) or 0.05 * abs(high)
+        low, high = low - room, high + room
+        draw.text((x0, 10), f"{name}  {points[-1][1]:.4g}", fill="black", font_size=18)
+        for tick in range(5):
+            y = y0 + h * tick / 4
+            draw.line((x0, y, x0 + w, y), fill="lightgray")
+            draw.text((x0 - 6, y), f"{high - (high - low) * tick / 4:.3g}", fill="black", font_size=14, anchor="rm")
+        for epoch in sorted({1, (1 + last) // 2, last}):
+            x = x0 + w * (epoch - 1) / (last - 1)
+            draw.text((x, y0 + h + 6), f"{epoch}", fill="black", font_size=14, anchor="ma")
+        draw.text((x0 + w / 2, y0 + h + 22), "epoch", fill="black", font_size=14, anchor="ma")
+        dots = [(x0 + w * (epoch - 1) / (last - 1), y0 + h * (high - value) / (high - low)) for epoch, value in points]
+        draw.line(dots, fill="#1f6fb4", width=3, joint="curve")
+        for x, y in dots if len(dots) < 40 else dots[-1:]:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#1f6fb4")
+    return picture
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --benchmark
+
+
+def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Run") -> None:
+    """Time training steps on random images, and the loading of real ones; print where the time goes.
+
+    GPU times are by events, CPU times by the clock; each figure is the median of ten steps, after three to warm up.
+    """
+    args, cuda = run.args, run.device.type == "cuda"
+    run.join()
+    network = run.wrap(model)
+    batch = args.batch_size // (run.world_size * args.accum_steps)
+    images = torch.rand(batch, 3, args.img_size, args.img_size, device=run.device) * 2 - 1
+    mask = pretrain_mask(batch, torch.Generator().manual_seed(0), args, model.grid)
+
+    def clock():
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(marks: list) -> list[float]:
+        if cuda:
+            torch.cuda.synchronize()
+        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+
+    times = []
+    for _ in range(13):
+        marks = [clock()]
+        with run.autocast():
+            out = network(images, mask)
+        marks.append(clock())
+        scaler.scale(out.pixel_loss + out.feature_loss).backward()
+        marks.append(clock())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_teacher(0.999)
+        marks.append(clock())
+        times.append(milliseconds(marks))
+    forward, backward, update = np.median(times[3:], axis=0)
+    step = forward + backward + update
+
+    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]  # of the teacher's MLP
+    a = torch.randn(tokens, width, device=run.device, dtype=run.dtype)
+    b = torch.randn(width, 4 * width, device=run.device, dtype=run.dtype)
+    marks = [clock()]
+    for _ in range(23):
+        a @ b
+        marks.append(clock())
+    matmul = 2 * a.numel() * 4 * width / np.median(milliseconds(marks)[3:]) / 1e9         # TFLOP/s
+
+    twin = copy.deepcopy(model).to("meta")  # counts the operations of one image without doing them
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = twin(images[:1].to("meta"), mask[:1])
+        (out.pixel_loss + out.feature_loss).backward()
+    gflop = counter.get_total_flops() / 1e9
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident
+
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    torch.set_num_threads(1)  # as a worker has it
+    began, loaded = time.time(), 0
+    while time.time() - began < 2:
+        samples[loaded]
+        loaded += 1
+    loading = loaded / (time.time() - began)
+
+    speed = 1e3 * batch * run.world_size / step
+    achieved = gflop * batch / step
+    run.print(f"{args.recipe} ({args.model}), batch {batch} a process, {run.world_size} x {name}, "
+              f"{run.dtype or torch.float32}{', compiled' if args.compile else ''}")
+    for label, value in (
+        ("images/s", f"{speed:.4g}"),
+        (f"hours of {args.epochs} x {len(samples)} images", f"{args.epochs * len(samples) / speed / 3600:.3g}"),
+        ("ms a step", f"{step:.4g}"),
+        ("  forward and losses", f"{forward:.4g}"),
+        ("  backward", f"{backward:.4g}"),
+        ("  optimizer and teacher update", f"{update:.4g}"),
+        ("GFLOP an image", f"{gflop:.4g}"),
+        ("TFLOP/s a process", f"{achieved:.4g}"),
+        ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
+        ("peak memory a process, GiB", f"{peak:.3g}"),
+        ("images/s a loading worker", f"{loading:.4g}"),
+        ("  workers a process to keep up", f"{math.ceil(speed / run.world_size / loading)}"),
+    ):
+        run.print(f"{label:34}{value}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run needs around its loop. finetune.py uses it too; nothing below knows what is trained.
+
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """A type for argparse: numbers of a kind, within a range. NaN is in none."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be {low:g} to {high:g}" if high < math.inf else
+                                             f"{text} must be {low:g} or more")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # what argparse calls it when it complains
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends with one line where a flag is wrong, and shows defaults in its help."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return f"{action.help}{'' if action.default in (None, False) else ' (default: %(default)s)'}"
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Parser.Formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        fail(message.removeprefix("argument "))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Run`."""
+    add = parser.add_argument
+    add("--out", help="folder for everything that is written; without it, one below output/")
+    add("--fresh", action="store_true", help="start over, even where there is a checkpoint")
+    add("--accum_steps", type=number(1, kind=int), default=1, help="cut a batch into so many parts, to save memory")
+    add("--seed", type=number(0, kind=int), default=0, help="of weights, order, crops and masks")
+    add("--workers", type=number(0, kind=int), help="processes that load images, for each process that trains; without "
+        "it, 1 on a CPU, and with GPUs the cores there are for each, at most 16")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; auto: bf16 where "
+        "the hardware has it, else fp16 on a GPU and off on a CPU")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--save_every", type=number(1, kind=int), default=1, help="epochs between checkpoints")
+    add("--log_every", type=number(1, kind=int), default=20, help="steps between looks at the losses")
+
+
+def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None):
+    """Parse flags over the recipe that they name. Warm-up keeps its share of the run where only --epochs is given."""
+    args = parser.parse_args(argv)                       # once, to learn the recipe
+    recipe = args.recipe or ("imagenet" if args.data else "shapes")
+    parser.set_defaults(recipe=recipe, **recipes[recipe])
+    usual, args = parser.parse_args([]), parser.parse_args(argv)    # again, to learn the length
+    parser.set_defaults(warmup_epochs=usual.warmup_epochs * args.epochs / usual.epochs)
+    args = parser.parse_args(argv)
+    if args.warmup_epochs > args.epochs:
+        fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give fewer")
+    if args.data == "":
+        fail("--data is empty: name a folder, or leave it out for the built-in images")
+    args.data = args.data and os.path.abspath(args.data)
+    return args
+
+
+def fail(message: str, code: int = 2, everywhere: bool = False):
+    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong.
+
+    Only local rank 0 prints. Set `everywhere` for an error that hits a single process.
+    """
+    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End with one line for a ValueError or OSError: what this project's files raise where flags or data are wrong."""
     try:
-        os.makedirs(args.out, exist_ok=True)
+        yield
     except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-    save(json.dumps(config, indent=1).encode(), os.path.join(args.out, "config.json"))
-    print(json.dumps(config))
+        fail(f"can't read {error.filename}: {error.strerror}")
+    except ValueError as error:
+        fail(str(error))
 
 
-def run(main: Callable, args: argparse.Namespace) -> None:
+class Run:
+    """Processes, device, precision, checkpoint, log and signals of a training run.
+
+    It never calls the loop's code: the loop calls it. All processes make the same calls in the same order, because many
+    of them wait for the others.
+    """
+
+    cure = "A lower learning rate, a longer warm-up or --amp bf16 may help"
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.log, self.signal = args, [], 0
+        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available() and args.device != "cpu"
+        if args.device == "cuda" and not cuda:
+            fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
+        if cuda and local_size > torch.cuda.device_count():
+            fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        amp = args.amp
+        if amp == "auto" and cuda:
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif amp == "auto":
+            fast_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # elsewhere it is emulated, and slow
+            amp = "bf16" if fast_bf16 else "off"
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+        self.workers = args.workers
+        if args.workers is None:  # on a CPU the model needs the cores itself
+            self.workers = min(16, len(os.sched_getaffinity(0)) // local_size) if cuda else 1
+
+    @property
+    def config(self) -> dict:
+        """The settings, but for those that leave the weights alone."""
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(self.args).items()
+                if name not in ("fresh", "workers", "batch_given")}
+
+    # ---- before the loop
+
+    def split_batch(self) -> None:
+        """Make sure that processes and accumulation steps get equal parts of a batch. Raises ValueError."""
+        args = self.args
+        if args.batch_size % (self.world_size * args.accum_steps):
+            raise ValueError(f"--batch_size {args.batch_size} is not divisible by {self.world_size} processes x "
+                             f"--accum_steps {args.accum_steps}")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            samples, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+            worker_init_fn=_init_worker,
+        )
+
+    def resume(self, parts: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> int:
+        """Load the checkpoint, where there is one, into `parts`; returns the number of steps done.
+
+        `fixed` names the settings that must be as they were. Others may change; each that did is printed.
+        """
+        path = os.path.join(self.args.out, "checkpoint.pt")
+        if self.args.fresh or not os.path.exists(path):
+            return 0
+        with one_line_errors():
+            checkpoint = read_file(path)
+        if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
+            fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
+        was, now = checkpoint["config"], self.config
+        changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
+        if wrong := [f"--{name} {value}" for name, value in changed.items() if name in fixed]:
+            fail(f"{path} was trained with {', '.join(wrong)}: give the same, or another --out, or --fresh")
+        if checkpoint["steps_per_epoch"] != steps_per_epoch:
+            fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
+                 "data and --batch_size, or another --out, or --fresh")
+        if changed:
+            self.print("changed:", ", ".join(f"--{name} {now[name]} (was {value})" for name, value in changed.items()))
+
+        for name, part in parts.items():
+            state = checkpoint.get(name)
+            if isinstance(part, torch.optim.Optimizer):  # the moments, but not the settings: those are this call's
+                settings = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+                part.load_state_dict(state)
+                for group, own in zip(part.param_groups, settings):
+                    group |= own
+            elif state:  # a scaler's is empty unless that was fp16
+                part.load_state_dict(state)
+            elif isinstance(part, nn.Module):  # an average that begins later begins as the model
+                part.load_state_dict(checkpoint["model"])
+        self.log = checkpoint["log"]
+        epochs = f"{checkpoint['step'] // steps_per_epoch} of {self.args.epochs}"
+        self.print(f"going on from {path}, epoch {epochs}, step {checkpoint['step']}")
+        return checkpoint["step"]
+
+    def join(self) -> None:
+        """Meet the other processes that torchrun started. CUDA tensors go over nccl, the CPU stop flag over gloo."""
+        if self.world_size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            store, rank, world_size = next(rendezvous("env://"))
+            # After `torchrun --max_restarts` brought a killed process back (on one machine: others count restarts for
+            # themselves), the store still has the addresses of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+    def begin(self, start: int, total_steps: int, what: str) -> None:
+        """Join the others, create the output folder, listen to signals. Only called when the flags are known to fit."""
+        args = self.args
+        self.join()
+        if self.world_size > 1:  # processes that found different checkpoints would wait for one another for ever
+            steps = [None] * self.world_size
+            dist.all_gather_object(steps, start)
+            if len(set(steps)) > 1:
+                fail(f"--out {args.out}: processes found checkpoints of different steps {sorted(set(steps))}; it must "
+                     "be a folder that all machines share")
+        precision = self.dtype or torch.float32
+        self.print(f"{what}, {total_steps} steps, {self.world_size} x {self.device.type}, {precision}")
+        if start >= total_steps:
+            self.print("this run is finished; --fresh starts it over, more --epochs make it longer")
+        else:
+            self.make_out()
+            self.save(json.dumps(self.config, indent=1).encode(), "config.json")
+            self.save_log()  # a kill may have left a line more than the checkpoint knows of
+            self.print(json.dumps(self.config))
+        self.began, self.began_step = time.time(), start
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the loop calls it: distributed, compiled, or neither. Its parameters stay `model`'s own."""
+        if self.world_size > 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
+                # No device_ids: with them DDP moves the mask to the GPU, and BootMAE.split waits for it there.
+                model = nn.parallel.DistributedDataParallel(
+                    model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return torch.compile(model) if self.args.compile else model
+
+    # ---- in the loop
+
+    def bar(self, start: int, total_steps: int) -> tqdm:
+        """Numbers of the steps to do, as a progress bar of the whole run."""
+        return tqdm(range(start, total_steps), initial=start, total=total_steps, leave=False, smoothing=0.02,
+                    disable=None if self.is_main else True)
+
+    def print(self, *words: str) -> None:
+        if self.is_main:
+            tqdm.write(" ".join(words))
+            sys.stdout.flush()
+
+    def print_values(self, title: str, values: dict) -> None:
+        self.print("  ".join([title, *(f"{name} {value:.5g}" for name, value in values.items())]))
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over the processes; the same on each."""
+        if self.world_size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
+        """Name each file that can't be read, once; end the run if they are more than `most` of all images.
+
+        Returns how many there are.
+        """
+        known = samples.broken.clone()
+        if self.world_size > 1:
+            dist.all_reduce(known.view(torch.uint8), dist.ReduceOp.MAX)
+        for index in (known & ~samples.reported).nonzero()[:, 0].tolist():
+            if self.is_main:
+                tqdm.write(f"warning: can't read {samples.source.name(index)!r}", file=sys.stderr)
+        samples.reported |= known
+        broken = known.nonzero()[:, 0].tolist()
+        if len(broken) > most * len(samples):
+            examples = ", ".join(repr(samples.source.name(index)) for index in broken[:3])
+            fail(f"{len(broken)} of {len(samples)} images can't be read, more than {100 * most:g} %, for example "
+                 f"{examples}", code=1)
+        return len(broken)
+
+    def check_scale(self, scaler: torch.amp.GradScaler) -> None:
+        """End a run in fp16 whose gradients are never finite: each such step is skipped and halves the scale."""
+        if scaler.is_enabled() and scaler.get_scale() < 2**-20:
+            fail(f"gradients are never finite in fp16, so no step was taken of late. {self.cure}", code=1)
+
+    def check_weights(self, model: nn.Module, step: int) -> None:
+        """End the run rather than save weights that are not finite over good ones."""
+        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+            fail(f"weights are no longer finite at step {step}; nothing was saved over {self.args.out}/checkpoint.pt. "
+                 f"{self.cure}", code=1)
+
+    def log_epoch(self, done: int, epoch: int, values: dict, samples: data.Samples) -> None:
+        """Add a line to the log, print it, and start the clock of the next epoch."""
+        speed = (done - self.began_step) * self.args.batch_size / (time.time() - self.began)
+        values = values | dict(images_per_s=speed, broken=self.report_broken(samples))
+        self.log.append(dict(epoch=epoch) | values)
+        self.print_values(f"epoch {epoch}", values)
+        self.save_log()
+        self.began, self.began_step = time.time(), done
+
+    def _remember(self, number: int, frame) -> None:
+        """SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) set a flag; a second one ends the process at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def stop_asked(self) -> bool:
+        """Whether any process has received a signal. The flag lives on the CPU, so that no GPU is waited for."""
+        if self.world_size > 1:
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal > 0
+
+    def stop(self, step: int):
+        fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; {self.args.out}/checkpoint.pt holds "
+             "it, the same command goes on", code=128 + self.signal)
+
+    # ---- files, written by rank 0
+
+    def make_out(self) -> None:
+        try:
+            if self.is_main:
+                os.makedirs(self.args.out, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {self.args.out}: {error.strerror}")
+
+    def save(self, content, name: str) -> None:
+        """Write a file below --out whole or not at all: beside it, flushed to disk, renamed.
+
+        content: bytes, or whatever torch.save takes.
+        """
+        if not self.is_main:
+            return
+        path = os.path.join(self.args.out, name)
+        try:
+            with open(path + ".tmp", "wb") as file:
+                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)
+        except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")
+            fail(f"could not save {path} ({error.__context__ or error}); what was saved before is whole", code=1)
+
+    def save_picture(self, picture: Image.Image, name: str) -> None:
+        file = io.BytesIO()
+        picture.save(file, "png")
+        self.save(file.getvalue(), name)
+
+    def save_log(self) -> None:
+        self.save("".join(json.dumps(line) + "\n" for line in self.log).encode(), "log.jsonl")
+        if self.log and self.is_main:
+            self.save_picture(draw_curves(self.log), "curves.png")
+
+    def save_checkpoint(self, parts: dict, step: int, steps_per_epoch: int) -> None:
+        """The last file to be written: whatever else belongs to a step is there when this says that it was done."""
+        state = {name: part.state_dict() for name, part in parts.items()}  # in all processes: a Meter's adds up theirs
+        self.save(state | dict(step=step, steps_per_epoch=steps_per_epoch, log=self.log, config=self.config),
+                  "checkpoint.pt")
+
+
+def _init_worker(worker: int) -> None:
+    """A Ctrl-C reaches the loading workers too, but it is the training process that decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class Meter:
+    """Means of the losses of an epoch over all processes. They are added up on the device, which nothing waits for."""
+
+    def __init__(self, run: Run, *names: str):
+        self.run, self.names = run, names
+        self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # and how many were finite
+        self.seen = 0
+
+    def add(self, *losses: Tensor) -> None:
+        """Add scalars on the device. Where one overflowed, which can happen in fp16, none counts."""
+        row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()                # (names + 1,)
+        self.sums += torch.where(row.isfinite().all(), row, 0)
+
+    def means(self) -> dict[str, float]:
+        *sums, count = self.run.all_reduce_sum(self.sums).tolist()
+        return {name: value / count if count else math.nan for name, value in zip(self.names, sums)}
+
+    def look(self) -> dict[str, float]:
+        """The means; ends the run if no loss was finite since the last look."""
+        count = self.run.all_reduce_sum(self.sums)[-1].item()
+        if count == self.seen:
+            fail(f"no loss was finite in the last --log_every {self.run.args.log_every} steps; nothing was saved over "
+                 f"{self.run.args.out}/checkpoint.pt. {self.run.cure}", code=1)
+        self.seen = count
+        return self.means()
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.seen = 0
+
+    def state_dict(self) -> dict:
+        return {"sums": self.run.all_reduce_sum(self.sums).cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seen = state["sums"][-1].item()
+        if self.run.is_main:  # once is enough: means add up the processes
+            self.sums.copy_(state["sums"])
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
     """Call main(args), and leave in a way that can't hang."""
     code = 1
     try:
@@ -414,348 +885,5 @@ def run(main: Callable, args: argparse.Namespace) -> None:
             os._exit(code)
 
 
-def name_broken(broken: Tensor, samples: data.Samples) -> int:
-    """Warn of each unreadable file in a batch, once a run; returns how many samples of the batch it cost."""
-    found = broken[broken >= 0].tolist()
-    for index in set(found) - samples.broken:
-        name = samples.source.name(index)
-        tqdm.write(f"warning: can't read {name!r}", file=sys.stderr)
-    samples.broken.update(found)
-    return len(found)
-
-
-def check_broken(count: float, samples: data.Samples) -> None:
-    """End the run if `count` samples of this epoch, over all processes, are more than 1 % of the images."""
-    if count > 0.01 * len(samples):
-        examples = ", ".join(repr(samples.source.name(index)) for index in sorted(samples.broken)[:3])
-        fail(f"{count:.0f} of {len(samples)} images can't be read, more than 1 %, for example {examples}", code=1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pretraining
-
-
-def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
-    """Masks of the kind and ratio that the flags ask for: bool (batch, N)."""
-    num_patches = math.prod(grid)
-    if args.mask == "block":
-        return block_mask(batch, grid, round(args.mask_ratio * num_patches), generator)
-    return random_mask(batch, num_patches, round(args.mask_ratio * num_patches), generator)
-
-
-def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
-    """One image's view and mask: uint8 (3, H, W), bool (N,)."""
-    image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    return data.to_tensor(image), pretrain_mask(1, generator, args, grid)[0]
-
-
-def schedules(progress: float, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Learning rate, weight of feature_loss (lambda) and teacher momentum at `progress` (0 .. 1 of training)."""
-    lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
-    feature_weight = min(1.0, (epoch + 1) / (args.feature_ramp * args.epochs)) if args.feature_ramp else 1.0
-    momentum = float(np.interp(progress, (0, 1 / 8, 1 / 2), args.momentum))
-    return lr, feature_weight, momentum
-
-
-@torch.no_grad()
-def draw_progress(model: BootMAE, images: Tensor, mask: Tensor, path: str) -> None:
-    """Save a PNG that shows of each image: original, masked, reconstruction, teacher features as colours.
-
-    images: float (B, 3, H, W) in [-1, 1]; mask: bool (B, N). Predicted patches get the true patch's mean and standard
-    deviation back; visible ones are pasted in. The colours are the first three principal components over all images of
-    what the teacher says, less what it says on average at that place: it knows places best.
-    """
-    model.eval()
-    out = model(images, mask)
-    model.train()
-    p, grid = model.patch_size, model.grid
-    patches, hidden = patchify(images, p), mask.to(images.device)[:, :, None]                # (B, N, 3*p*p), (B, N, 1)
-    variance, mean = torch.var_mean(patches.unflatten(2, (3, -1)), dim=3, correction=0, keepdim=True)
-    filled = (out.pixels.unflatten(2, (3, -1)) * (variance + 1e-5).sqrt() + mean).flatten(2)
-    columns = [patches, patches.masked_fill(hidden, 0.5), torch.where(hidden, filled, patches)]
-    columns = [unpatchify(column, p, grid).clamp(-1, 1) for column in columns]               # (B, 3, H, W) each
-    titles = ["original", "masked", "reconstruction"]
-    if model.teacher is not None:
-        features = model.teacher.encode(patches)[0][:, 1:].float()                           # (B, N, D)
-        features = (features - features.mean(dim=0)).flatten(0, 1)                           # (B*N, D)
-        _, axes = torch.linalg.eigh(features.T @ features)                                   # eigenvalues rise
-        axes = axes[:, -3:].flip(1)                                                          # (D, 3)
-        colours = features @ (axes * axes.sum(dim=0).sign())                                 # (B*N, 3), sign fixed
-        colours = (colours / (2 * colours.std(dim=0) + 1e-6)).clamp(-1, 1)
-        maps = colours.unflatten(0, (len(images), *grid)).permute(0, 3, 1, 2)                # (B, 3, rows, columns)
-        columns.append(torch.nn.functional.interpolate(maps, images.shape[2:]))
-        titles.append("teacher features")
-
-    zoom = max(1, 128 // images.shape[3])
-    table = torch.stack(columns, dim=1).add(1).mul(127.5).round().byte().cpu()               # (B, 4, 3, H, W)
-    table = torch.nn.functional.pad(table, (1, 1, 1, 1), value=255)
-    if len(images) % 2 == 0:  # two images a row
-        table, titles = table.unflatten(0, (-1, 2)).flatten(1, 2), titles * 2                # (B/2, 8, 3, H, W)
-    table = table.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()                 # (B/2*H, 8*W, 3)
-    table = Image.fromarray(table).resize((table.shape[1] * zoom, table.shape[0] * zoom), Image.Resampling.NEAREST)
-    picture = Image.new("RGB", (table.width, table.height + 16), "white")
-    picture.paste(table, (0, 16))
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(picture).text((column * table.width // len(titles) + 4, 2), title, fill="black")
-    save_picture(picture, path)
-
-
-def benchmark(model: BootMAE, network: torch.nn.Module, optimizer, scaler, samples: data.Samples, args, env) -> None:
-    """Time training steps on random images, and the loading of real ones; print where the time goes.
-
-    GPU times are by events, CPU times by the clock; each figure is the median of ten steps, after three to warm up.
-    """
-    cuda, batch = env.device.type == "cuda", args.batch_size // (env.world_size * args.accum_steps)
-    images = torch.rand(batch, 3, args.img_size, args.img_size, device=env.device) * 2 - 1
-    mask = pretrain_mask(batch, torch.Generator().manual_seed(0), args, model.grid)
-
-    def clock():
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(marks: list) -> list[float]:
-        if cuda:
-            torch.cuda.synchronize()
-        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-
-    times = []
-    for _ in range(13):
-        with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
-            marks = [clock()]
-            with torch.no_grad():
-                if model.teacher is not None:
-                    model.teacher.encode(patchify(images, args.patch_size))  # once more, on its own, to see its share
-            marks.append(clock())
-            out = network(images, mask)
-        marks.append(clock())
-        scaler.scale(out.pixel_loss + out.feature_loss).backward()
-        marks.append(clock())
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        model.update_teacher(0.999)
-        marks.append(clock())
-        times.append(milliseconds(marks))
-    teacher, forward, backward, update = np.median(times[3:], axis=0)
-    step = forward + backward + update
-
-    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]  # of the teacher's MLP
-    a = torch.randn(tokens, width, device=env.device, dtype=env.dtype)
-    b = torch.randn(width, 4 * width, device=env.device, dtype=env.dtype)
-    marks = [clock()]
-    for _ in range(23):
-        a @ b
-        marks.append(clock())
-    matmul = 2 * a.numel() * 4 * width / np.median(milliseconds(marks)[3:]) / 1e9         # TFLOP/s
-
-    twin = copy.deepcopy(model).to("meta")  # counts the operations of one image without doing them
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = twin(images[:1].to("meta"), mask[:1])
-        (out.pixel_loss + out.feature_loss).backward()
-    gflop = counter.get_total_flops() / 1e9
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident
-
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    torch.set_num_threads(1)  # as a worker has it
-    began, loaded = time.time(), 0
-    while time.time() - began < 2:
-        samples[loaded]
-        loaded += 1
-    loading = loaded / (time.time() - began)
-
-    if env.is_main:
-        speed = 1e3 * batch * env.world_size / step
-        achieved = gflop * batch / step
-        print(f"{args.recipe} ({args.model}), batch {batch} a process, {env.world_size} x {name}, "
-              f"{env.dtype or torch.float32}{', compiled' if args.compile else ''}")
-        for label, value in (
-            ("images/s", f"{speed:.4g}"),
-            (f"hours of {args.epochs} x {len(samples)} images", f"{args.epochs * len(samples) / speed / 3600:.3g}"),
-            ("ms a step", f"{step:.4g}"),
-            ("  teacher forward", f"{teacher:.4g}"),
-            ("  student forward and losses", f"{forward - teacher:.4g}"),
-            ("  backward", f"{backward:.4g}"),
-            ("  optimizer and teacher update", f"{update:.4g}"),
-            ("GFLOP an image", f"{gflop:.4g}"),
-            ("TFLOP/s a process", f"{achieved:.4g}"),
-            ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
-            ("peak memory a process, GiB", f"{peak:.3g}"),
-            ("images/s a loading worker", f"{loading:.4g}"),
-            ("  workers a process to keep up", f"{math.ceil(speed / env.world_size / loading)}"),
-        ):
-            print(f"{label:34}{value}")
-
-
-def main(args: argparse.Namespace) -> None:
-    # ---- checks, before anything is written or any process waits for another
-    env = setup(args)
-    torch.manual_seed(args.seed)  # the same weights in every process
-    try:
-        if args.model not in SIZES:
-            raise ValueError(f"--model {args.model}: choose one of {', '.join(SIZES)}")
-        if args.mask not in ("block", "random"):
-            raise ValueError(f"--mask {args.mask}: choose block or random")
-        model = BootMAE(
-            args.img_size, args.patch_size, **SIZES[args.model], decoder_dim=args.decoder_dim,
-            decoder_depth=args.decoder_depth, inject=args.inject, feature_target=bool(args.feature_target),
-            weighted_loss=bool(args.weighted_loss),
-        )
-        num_patches = math.prod(model.grid)
-        if not 0.5 / num_patches < args.mask_ratio < 1 - 0.5 / num_patches:
-            raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
-                             "and one visible")
-        if not args.data and not args.num_images and not args.benchmark:
-            raise ValueError("--num_images 0: give --data DIR, or say how many built-in images to draw")
-        source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images or 100, args.img_size)
-        if args.data and 0 < args.num_images < len(source):
-            source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
-        if len(source) < args.batch_size and not args.benchmark:
-            raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are")
-    except OSError as error:
-        fail(f"--data: can't read {error.filename}: {error.strerror}")
-    except ValueError as error:
-        fail(str(error))
-
-    # ---- data
-    samples = data.Samples(source, functools.partial(pretrain_sample, args=args, grid=model.grid), args.seed)
-    steps_per_epoch = len(source) // args.batch_size
-    total_steps = args.epochs * steps_per_epoch
-
-    # ---- model and optimizer
-    model.to(env.device)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=args.betas, fused=True)
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype is torch.float16)
-
-    if args.benchmark:
-        start_processes(env)
-        return benchmark(model, wrap(model, args, env), optimizer, scaler, samples, args, env)
-
-    # ---- resume
-    checkpoint_path = os.path.join(args.out, "checkpoint.pt")
-    config = {name: value for name, value in vars(args).items() if name not in ("fresh", "workers", "benchmark")}
-    # Sums over this epoch so far: pixel_loss, feature_loss, steps with finite losses, broken samples
-    step, log, sums = 0, [], torch.zeros(4, dtype=torch.float64, device=env.device)
-    if os.path.exists(checkpoint_path) and not args.fresh:
-        checkpoint = read_checkpoint(checkpoint_path, config, FIXED, steps_per_epoch)
-        model.load_state_dict(checkpoint["model"])
-        load_optimizer(optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty unless that was fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        step, log = checkpoint["step"], checkpoint["log"]
-        if env.is_main:
-            sums += checkpoint["sums"].to(env.device)
-            print(f"going on from {checkpoint_path}, epoch {step // steps_per_epoch} of {args.epochs}, step {step}")
-            if step >= total_steps:
-                print("this run is finished; --fresh starts it over, more --epochs make it longer")
-        del checkpoint  # gigabytes in every process
-
-    # ---- processes
-    start_processes(env)
-    check_agreement(step, args, env)
-    if env.is_main:
-        print(f"{args.recipe}: {len(source)} images, {total_steps} steps, {env.world_size} x {env.device.type}, "
-              f"{env.dtype or torch.float32}")
-        if step < total_steps:
-            make_out(args, config)
-    network = wrap(model, args, env)
-    batches = data.Batches(len(source), args.batch_size, args.epochs, args.seed, step, args.accum_steps, env.rank,
-                           env.world_size)
-    stream = iter(make_loader(samples, batches, args, env)) if step < total_steps else None
-    stop = StopRequest(env)
-    recent = torch.zeros((), device=env.device)  # steps with finite losses since the last look
-    gallery = [samples[index] for index in range(min(8, len(source)))]
-    gallery_images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(env.device)
-    gallery_mask = torch.stack([sample[1] for sample in gallery])
-
-    def save_checkpoint() -> None:
-        """Rank 0 writes; all must call. Weights that are not finite are never saved over good ones."""
-        reduced = total(sums, env)
-        check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
-        if env.is_main:
-            save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                      steps_per_epoch=steps_per_epoch, sums=reduced.cpu(), log=log, config=config), checkpoint_path)
-            save(model.encoder.state_dict(), os.path.join(args.out, "encoder.pt"))
-
-    # ---- training
-    model.train()
-    while step < total_steps:
-        epoch, began, began_step = step // steps_per_epoch, time.time(), step
-        bar = tqdm(range(step % steps_per_epoch, steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
-                   initial=step % steps_per_epoch, total=steps_per_epoch, disable=None if env.is_main else True)
-        for _ in bar:
-            lr, feature_weight, momentum = schedules(step / total_steps, epoch, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            row = torch.zeros_like(sums)
-            for part in range(args.accum_steps):
-                images, mask, _, broken = next(stream)
-                if count := name_broken(broken, samples):
-                    sums[3] += count
-                images = data.scale_pixels(images.to(env.device, non_blocking=True))
-                last = part == args.accum_steps - 1  # gradients travel between processes only then
-                with contextlib.nullcontext() if last or env.world_size == 1 else network.no_sync():
-                    with torch.autocast(env.device.type, env.dtype, enabled=env.dtype is not None):
-                        out = network(images, mask)
-                        loss = out.pixel_loss + feature_weight * out.feature_loss
-                    scaler.scale(loss / args.accum_steps).backward()
-                row[:2] += torch.stack([out.pixel_loss, out.feature_loss]).detach() / args.accum_steps
-                del out, loss  # and with them what the decoders made, before the next part makes it anew
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            model.update_teacher(momentum)
-
-            # Losses are summed on the device and looked at seldom. One that overflowed is left out of the mean.
-            row[2] = row.isfinite().all()
-            sums += row.nan_to_num(0, 0, 0) * row[2]
-            recent += row[2]
-            step += 1
-            if step == 1 or step % args.log_every == 0:
-                pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
-                if step > 1 and total(recent, env).item() == 0:
-                    fail(f"no finite loss in the last {args.log_every} steps, up to {step}: pixel_loss "
-                         f"{row[0].item()}, feature_loss {row[1].item()}, lr {lr:.2e}; nothing was saved over "
-                         f"{checkpoint_path}. {CURE}", code=1)
-                recent.zero_()
-                check_broken(broken_count, samples)
-                pixel_loss, feature_loss = pixel_loss / max(finite, 1), feature_loss / max(finite, 1)
-                if step == 1 and env.is_main:
-                    tqdm.write(f"first step  pixel_loss {pixel_loss:.4g}  feature_loss {feature_loss:.4g}")
-                bar.set_postfix_str(f"pixel {pixel_loss:.4f} feature {feature_loss:.4f} lr {lr:.1e}")
-            if stop.agreed():
-                bar.close()
-                save_checkpoint()
-                fail(f"stopped by {signal.Signals(stop.signal).name} after step {step}; {checkpoint_path} holds it, "
-                     "the same command goes on", code=128 + stop.signal)
-
-        # ---- end of an epoch
-        pixel_loss, feature_loss, finite, broken_count = total(sums, env).tolist()
-        speed = (step - began_step) * args.batch_size / (time.time() - began)
-        check_broken(broken_count, samples)
-        check_weights(model, f"step {step}, lr {lr:.2e}", checkpoint_path)
-        bar.close()
-        log.append(dict(
-            epoch=epoch + 1, pixel_loss=pixel_loss / max(finite, 1), feature_loss=feature_loss / max(finite, 1), lr=lr,
-            momentum=momentum, feature_weight=feature_weight, images_per_s=speed, broken=int(broken_count),
-        ))
-        sums.zero_()
-        finished = step == total_steps
-        if finished or (epoch + 1) % args.save_every == 0:
-            save_checkpoint()
-        if env.is_main:
-            save_log(log, args.out)
-            print("  ".join(f"{name} {value:.5g}" for name, value in log[-1].items()), flush=True)
-            if finished or (epoch + 1) % args.picture_every == 0:
-                draw_progress(model, gallery_images, gallery_mask, os.path.join(args.out, f"epoch_{epoch + 1:04d}.png"))
-    if env.is_main:
-        print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl and pictures")
-
-
 if __name__ == "__main__":
-    run(main, args)
+    launch(main, parse_args())
