@@ -100,11 +100,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.init = args.init and os.path.abspath(args.init)
     return args
 
-
-# What a resumed run may not change
-FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask",
-         "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A sample: one view of an image, and the mask that hides most of it
 
@@ -153,15 +148,6 @@ def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace)
     momenta = [min(m, 1 - 1 / span) for m, span in zip(args.momentum, spans)]
     momentum = float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
     return lr, feature_weight, momentum
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices and mask tokens decay; biases, norms and the CLS token do not."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[p.ndim == 1 or name.endswith("cls_token")]["params"].append(p)
-    return groups
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,6 +234,11 @@ def main(args: argparse.Namespace) -> None:
     run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures")
 
 
+# What a resumed run may not change
+FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask",
+         "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
+
+
 def open_images(args: argparse.Namespace):
     """The images to train on, as a source of `data.Samples`. Raises ValueError if there are fewer than a batch."""
     source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images or 2400, args.img_size)
@@ -285,6 +276,15 @@ def build_model(args: argparse.Namespace, report: Callable[[str], None]) -> Boot
         raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
                          "and one visible")
     return model
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: matrices and mask tokens decay; biases, norms and the CLS token do not."""
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim == 1 or name.endswith("cls_token")]["params"].append(p)
+    return groups
 
 
 # ----------------------------------------------------------------------------------------------------------------------
