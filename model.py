@@ -280,7 +280,13 @@ class ViT(nn.Module):
     def feature_maps(self, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
         """Outputs of the blocks numbered in `blocks` (from 1) as maps (B, D, H/p, W/p), for dense prediction.
 
-        Any image size that patch_size divides will do: positions are interpolated. Gradients flow.
+        Any image size that patch_size divides will do: positions are interpolated. Gradients flow. UperNet and Mask
+        R-CNN want four strides; for patches of 16 these layers, one a map, make strides 4, 8, 16 and 32 of them:
+
+            up = lambda: nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2)
+            nn.Sequential(up(), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)
+
+        Raises ValueError for a block that is not there, or an image that patch_size does not divide.
         """
         grid = patch_grid(images.shape[2:], self.patch_size)
         if not all(1 <= number <= len(self.blocks) for number in blocks):

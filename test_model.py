@@ -1,6 +1,7 @@
 """Tests: each against plain loops written from the paper's definitions, or against a property that must hold.
 
     python -m pytest -q
+    BOOTMAE_OFFICIAL=path/to/checkout python -m pytest -q       compares with the authors' code as well
 """
 import argparse
 import contextlib
@@ -33,7 +34,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile as JPEG
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import data
 import finetune
@@ -57,7 +58,7 @@ from model import (
     unpatchify,
 )
 
-torch.set_num_threads(1)  # as in the processes that `launch` starts: networks are tiny, and sums alike to the bit
+torch.set_num_threads(1)  # as in the processes that `launch` starts, so that sums are the same to the bit
 HERE = os.path.dirname(os.path.abspath(__file__))
 GRIDS = [(14, 14), (8, 8), (16, 16), (4, 4), (3, 5), (7, 20), (1, 9), (2, 2)]
 
@@ -445,6 +446,14 @@ def test_feature_maps():
     assert encoder.feature_maps(torch.rand(1, 3, 24, 8, dtype=torch.float64), (2,))[0].shape == (1, 8, 6, 2)
     with pytest.raises(ValueError, match="1 to 3"):
         encoder.feature_maps(images, (0,))
+
+
+def test_forward_waits_for_no_gpu():
+    """A tensor on the meta device has no values to wait for; the mask stays on the CPU."""
+    model, images, mask = small_model()
+    out = model.to("meta")(images.to("meta"), mask)
+    (out.pixel_loss + out.feature_loss).backward()
+    assert out.pixels.shape == (2, 4, 48) and out.pixels.is_meta
 
 
 @pytest.mark.parametrize("call, message", [
@@ -840,6 +849,17 @@ def test_every_kind_of_file_becomes_upright_rgb(tmp_path, name):
             assert np.abs(seen - expected).max() <= (4 if name.endswith("jpg") else 1)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_upright_crop_may_be_oblong(tmp_path, orientation):
+    turn, exif = TURNS[orientation - 1], Image.Exif()
+    exif[0x0112] = orientation
+    (RGB if turn is None else RGB.transpose(turn)).save(tmp_path / "x.png", exif=exif)
+    image = Image.open(tmp_path / "x.png")
+    out = data.crop_resize(image, (0, 0, *image.size), (32, 24))
+    assert out.size == (32, 24)
+    assert np.abs(np.asarray(out, dtype=float)[[6, 6, 18, 18], [8, 24, 8, 24]] - COLOURS).max() <= 1
+
+
 def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
     """To at least twice the pixels wanted; an opened image stays as it is, so that another view can be taken of it."""
     pixels, drafts, draft = np.random.default_rng(0).integers(0, 256, (75, 64, 3), dtype=np.uint8), [], JPEG.draft
@@ -933,6 +953,17 @@ def test_samples_and_broken_files(tmp_path):
         assert samples[i][0].unique().tolist() == [128] and samples[i][2] == i // 5
         assert strict[i][0].unique().tolist() == [128] and strict[i][2] == -1
     assert samples.broken.all() and strict.broken.all()
+
+
+def test_samples_can_be_sent_to_other_processes():
+    """As a start by spawn does; the flags of broken files stay in shared memory."""
+    args = train.parse_args([*TRAIN[1:]])
+    source = data.Subset(data.Shapes(12, 32), [5, 7])
+    samples = data.Samples(source, functools.partial(train.pretrain_sample, args=args, grid=(4, 4)))
+    assert samples.broken.is_shared()  # for a start by fork
+    again = pickle.loads(ForkingPickler.dumps(samples))
+    again.broken[1] = True
+    assert samples.broken.tolist() == [False, True] and torch.equal(samples[0][0], again[0][0])
 
 
 @pytest.mark.parametrize("length, batch_size, accum_steps, world_size", [(53, 12, 1, 1), (53, 12, 3, 2), (24, 8, 2, 4)])
@@ -1159,6 +1190,33 @@ def test_a_run_writes_what_it_promises(unbroken):
         assert picture.size == (2 * 5 * (128 + 4), 4 * (128 + 4) + 24)
 
 
+def test_curves_are_drawn(unbroken):
+    log = [dict(epoch=1, loss=1.0, top1=10.0), dict(epoch=2, loss=math.nan, top1=20.0), dict(epoch=3, loss=0.5)]
+    assert train.draw_curves(log).size == (2 * 440, 300)
+    with Image.open(unbroken / "curves.png") as picture:
+        assert picture.size == (2 * 440, 300)
+
+
+def test_pretraining_from_a_file(unbroken, tmp_path, capsys):
+    """The encoder and the teacher both begin as the file's encoder."""
+    flags = [*TRAIN[1:], "--init", unbroken / "encoder.pt", "--base_lr", 0, "--min_lr", 0, "--epochs", 1]
+    call(train, *flags, "--out", tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    for name, value in torch.load(unbroken / "encoder.pt", weights_only=True).items():
+        assert torch.equal(state["encoder." + name], value), name
+        torch.testing.assert_close(state["teacher." + name], value)
+    assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
+    assert "--init" in refused(capsys, train, *TRAIN[1:], "--out", tmp_path)
+
+
+def test_warmup_keeps_its_share_of_the_run(capsys):
+    assert train.parse_args(["--recipe", "cifar10", "--epochs", "2"]).warmup_epochs == pytest.approx(2 * 10 / 300)
+    args = train.parse_args(["--recipe", "cifar10", "--epochs", "2", "--warmup_epochs", "1.5"])
+    assert (args.epochs, args.warmup_epochs, args.model) == (2, 1.5, "small")
+    args = finetune.parse_args(["--recipe", "cifar10", "--scratch", "--epochs", "10"])
+    assert args.warmup_epochs == pytest.approx(10 * 5 / 100)
+
+
 def test_schedules():
     args = train.parse_args(["--recipe", "imagenet"])
     for epoch in (0, 1, 20, 39, 40, 77, 100, 199, 200, 399, 400, 799):
@@ -1187,17 +1245,6 @@ def test_a_short_run_has_a_faster_teacher():
     assert [train.schedules(step, 2400, 0, args)[2] for step in (0, 300, 1200)] == pytest.approx([0.8, 0.9, 0.95])
 
 
-def test_weight_decay_spares_biases_norms_and_cls_token():
-    decayed, plain = train.decay_groups(BootMAE(**SMALL), 0.05)
-    assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
-    model = BootMAE(**SMALL)
-    groups = train.decay_groups(model, 0.05)
-    for name, p in model.named_parameters():
-        spared = "bias" in name or "norm" in name or "cls_token" in name
-        home = None if name.startswith("teacher") else int(spared)
-        assert [i for i in (0, 1) if any(p is q for q in groups[i]["params"])] == ([] if home is None else [home])
-
-
 @pytest.mark.parametrize("flags, processes", [
     (["--workers", 2], 1), (["--accum_steps", 4], 1), ([], 2), (["--accum_steps", 2, "--workers", 1], 2)], ids=str)
 def test_workers_accumulation_and_processes_change_nothing(unbroken, tmp_path, flags, processes):
@@ -1211,6 +1258,15 @@ def test_workers_accumulation_and_processes_change_nothing(unbroken, tmp_path, f
     else:
         assert_same(log, expected_log, rtol=1e-5, atol=1e-6)
         assert_same(state["model"], expected["model"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [["--inject", 0, 0], ["--feature_target", 0]], ids=str)
+def test_two_processes_train_the_ablations(tmp_path, flags):
+    """DistributedDataParallel would stop at a parameter without a gradient."""
+    flags = ["--epochs", 1, *flags, "--out"]
+    call(train, *TRAIN[1:], *flags, tmp_path / "one")
+    finish(launch(*TRAIN, *flags, tmp_path / "two", processes=2))
+    assert_same(result(tmp_path / "two")[1], result(tmp_path / "one")[1], rtol=1e-5, atol=1e-6)
 
 
 def wait_for(path, process):
@@ -1445,17 +1501,6 @@ def small_vit(**changes):
     return ViT(**dict(img_size=32, patch_size=8, **SIZES["nano"]) | changes)
 
 
-def test_layer_wise_learning_rates():
-    model = small_vit(num_classes=3)
-    groups = finetune.layer_groups(model, 0.05, 0.6)
-    for name, p in model.named_parameters():
-        layer = 0 if name.startswith(("cls", "patch")) else 5
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
-        group, = [g for g in groups if any(p is q for q in g["params"])]
-        assert math.isclose(group["lr_scale"], 0.6 ** (5 - layer))
-        assert group["weight_decay"] == (0 if "bias" in name or "norm" in name or "cls" in name else 0.05)
-
-
 def test_published_recipes():
     args = finetune.parse_args(["--scratch", "--recipe", "imagenet"])
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.layer_decay) == (100, 20, 2048, 5e-3, 0.6)
@@ -1567,6 +1612,25 @@ def test_weights_of_every_origin(tmp_path, capsys):
     torch.save({"model": theirs["model"]}, tmp_path / "alone.pth")
     assert "no model_ema" in refused(capsys, finetune, "--init", tmp_path / "alone.pth", "--teacher", *TUNE)
     assert "fine-tune it first" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", "--eval", *TUNE)
+
+
+def test_load_vit(tmp_path):
+    path, said = tmp_path / "x.pt", []
+    classifier = small_vit(num_classes=7)
+    torch.save(classifier.state_dict(), path)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_vit(path)(images), classifier(images))              # the file's head
+    assert load_vit(path, num_classes=5)(images).abs().max() < 0.1              # a new one
+    assert load_vit(path, num_classes=0)(images).shape == (2, 128)              # none
+    larger = load_vit(path, img_size=48, drop_path=0.2, report=said.append)
+    assert larger.grid == (6, 6) and not larger.training and larger.blocks[3].drop_path == pytest.approx(0.2)
+    assert "positions interpolated from 4 x 4 to 6 x 6" in said[0]
+    torch.save({"module": small_vit(in_chans=1, num_classes=3).state_dict()}, path)
+    assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 3)
+    torch.save(small_vit(img_size=(32, 16)).state_dict(), path)
+    with pytest.raises(ValueError, match="give the image size"):
+        load_vit(path)
+    assert load_vit(path, img_size=(32, 16)).grid == (4, 2)
 
 
 EVERYTHING = ["--drop_path", 0.2, "--mixup", 0.8, "--cutmix", 1, "--rand_augment", 9, "--erasing", 0.25]
@@ -1746,6 +1810,66 @@ def test_bad_data_is_named(tmp_path, capsys, monkeypatch):
     assert "ape" in refused(capsys, finetune, "--data", f, *flags)
     (tmp_path / "out" / "classes.json").write_text("[")
     assert "classes.json is damaged" in refused(capsys, finetune, "--data", f, *flags)
+
+
+def test_a_recipes_batch_shrinks_to_the_data():
+    run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", "--accum_steps", "2"]))
+    finetune.fit_batch(512, run)
+    assert (run.args.batch_size, run.args.lr) == (512, 1e-3)
+    finetune.fit_batch(72, run)  # an eighth is 9, and 8 can be cut into two
+    assert run.args.batch_size == 8 and run.args.lr == pytest.approx(1e-3 * 8 / 512)
+    run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", "--batch_size", "512"]))
+    with pytest.raises(ValueError, match="--batch_size 512 is more than the 72"):
+        finetune.fit_batch(72, run)
+
+
+@pytest.mark.parametrize("mode", ["--eval", "--knn"])
+def test_no_batch_size_matters_without_training(tuned, capsys, mode):
+    flags = ["--init", tuned / "best.pt", *TUNE, mode]
+    call(finetune, *flags)
+    call(finetune, *flags, "--batch_size", 7, "--accum_steps", 3)
+    *_, one, _, two = capsys.readouterr().out.splitlines()
+    assert one == two and json.loads(one)["images"] == 60
+
+
+def test_a_large_seed(tmp_path):
+    call(finetune, "--scratch", *TUNE, *EVERYTHING, "--epochs", 1, "--seed", 2**40, "--out", tmp_path)
+    assert len(result(tmp_path)[1]) == 1
+
+
+def test_predictions(tmp_path, capsys):
+    """Classes and crop are those of the files beside the weights."""
+    model = small_vit(num_classes=4)
+    model.head.weight.data *= 1000
+    (tmp_path / "run").mkdir()
+    torch.save(model.state_dict(), tmp_path / "run" / "best.pt")
+    (tmp_path / "run" / "classes.json").write_text(json.dumps(["ape", "bee", "cat, black", "dog"]))
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"crop_ratio": 0.5}))
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    photo = Image.effect_noise((40, 40), 60).resize((40, 40), BICUBIC)
+    colours = Image.merge("RGB", [photo, photo.rotate(90), photo.rotate(180)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for image, name in (photo, "gray.png"), (colours.convert("CMYK"), "sub/cmyk.jpg"), (colours, "turned.jpg"):
+        image.save(tmp_path / "images" / name, quality=95, **{"exif": exif} if "turned" in name else {})
+    (tmp_path / "images" / "broken.png").write_text("no image")
+    call(finetune, "--predict", tmp_path / "images", "--init", tmp_path / "run" / "best.pt", "--out", tmp_path / "out",
+         "--workers", 0, "--amp", "off")
+    said = capsys.readouterr()
+    assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == "file class probability second probability_2 third probability_3".split()
+    assert [row[0] for row in rows] == ["gray.png", "sub/cmyk.jpg", "turned.jpg"]
+    for row in rows:
+        image = ImageOps.exif_transpose(Image.open(tmp_path / "images" / row[0])).convert("RGB")
+        middle = image.resize((32, 32), BICUBIC, box=(10, 10, 30, 30))
+        logits = model.eval()(torch.from_numpy(np.array(middle)).permute(2, 0, 1)[None] / 127.5 - 1)
+        best = sorted(zip(logits.softmax(dim=1)[0].tolist(), ["ape", "bee", "cat, black", "dog"]), reverse=True)[:3]
+        assert row[1::2] == [name for _, name in best]
+        assert [float(value) for value in row[2::2]] == pytest.approx([value for value, _ in best], abs=2e-3)
+    with Image.open(tmp_path / "out" / "predictions.png") as picture:
+        assert picture.size == (8 * 152, 188)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2000,170 +2124,28 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("module", [train, finetune])
 def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch, module):
-    """Watched are steps 2 to 5 of 6. Loading is another process's, and the mask is checked on the CPU."""
-    steps, mode, split = [], NoWaiting(), BootMAE.split
+    """Watched are steps 2 to 5 of 6. Loading is another process's, and two checks are only made on the CPU."""
+    steps, watch = [], contextlib.ExitStack()
 
     def stop_asked(run):
         steps.append(run)
         if len(steps) == 1:
-            mode.__enter__()
+            watch.enter_context(NoWaiting())
         if len(steps) == 5:
-            mode.__exit__(None, None, None)
+            watch.close()
         return False
 
-    def split_unwatched(*args):
-        with torch.utils._python_dispatch._disable_current_modes():
-            return split(*args)
+    def unwatched(function):
+        def call_unwatched(*args):
+            with _disable_current_modes():
+                return function(*args)
+
+        return call_unwatched
 
     monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
-    monkeypatch.setattr(BootMAE, "split", split_unwatched)
+    monkeypatch.setattr(BootMAE, "split", unwatched(BootMAE.split))                          # of the mask
+    monkeypatch.setattr(data.F, "one_hot", unwatched(torch.nn.functional.one_hot))           # of the labels
     flags = TRAIN[1:] if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *EVERYTHING]
-    call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000, "--workers", 1)
+    with watch:
+        call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000, "--workers", 1)
     assert len(steps) == 6
-
-
-def test_forward_waits_for_no_gpu():
-    """A tensor on the meta device has no values to wait for; the mask stays on the CPU."""
-    model, images, mask = small_model()
-    out = model.to("meta")(images.to("meta"), mask)
-    (out.pixel_loss + out.feature_loss).backward()
-    assert out.pixels.shape == (2, 4, 48) and out.pixels.is_meta
-
-
-@pytest.mark.parametrize("flags", [["--inject", 0, 0], ["--feature_target", 0]], ids=str)
-def test_two_processes_train_the_ablations(tmp_path, flags):
-    """DistributedDataParallel would stop at a parameter without a gradient."""
-    flags = ["--epochs", 1, *flags, "--out"]
-    call(train, *TRAIN[1:], *flags, tmp_path / "one")
-    finish(launch(*TRAIN, *flags, tmp_path / "two", processes=2))
-    assert_same(result(tmp_path / "two")[1], result(tmp_path / "one")[1], rtol=1e-5, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_warmup_keeps_its_share_of_the_run(capsys):
-    assert train.parse_args(["--recipe", "cifar10", "--epochs", "2"]).warmup_epochs == pytest.approx(2 * 10 / 300)
-    args = train.parse_args(["--recipe", "cifar10", "--epochs", "2", "--warmup_epochs", "1.5"])
-    assert (args.epochs, args.warmup_epochs, args.model) == (2, 1.5, "small")
-    args = finetune.parse_args(["--recipe", "cifar10", "--scratch", "--epochs", "10"])
-    assert args.warmup_epochs == pytest.approx(10 * 5 / 100)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_upright_crop_may_be_oblong(tmp_path, orientation):
-    turn, exif = TURNS[orientation - 1], Image.Exif()
-    exif[0x0112] = orientation
-    (RGB if turn is None else RGB.transpose(turn)).save(tmp_path / "x.png", exif=exif)
-    image = Image.open(tmp_path / "x.png")
-    out = data.crop_resize(image, (0, 0, *image.size), (32, 24))
-    assert out.size == (32, 24)
-    assert np.abs(np.asarray(out, dtype=float)[[6, 6, 18, 18], [8, 24, 8, 24]] - COLOURS).max() <= 1
-
-
-def test_samples_can_be_sent_to_other_processes():
-    """As a start by spawn does; the flags of broken files stay in shared memory."""
-    args = train.parse_args([*TRAIN[1:]])
-    source = data.Subset(data.Shapes(12, 32), [5, 7])
-    samples = data.Samples(source, functools.partial(train.pretrain_sample, args=args, grid=(4, 4)))
-    again = pickle.loads(ForkingPickler.dumps(samples))
-    again.broken[1] = True
-    assert samples.broken.tolist() == [False, True] and torch.equal(samples[0][0], again[0][0])
-
-
-def test_load_vit(tmp_path):
-    path, said = tmp_path / "x.pt", []
-    classifier = small_vit(num_classes=7)
-    torch.save(classifier.state_dict(), path)
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(load_vit(path)(images), classifier(images))              # the file's head
-    assert load_vit(path, num_classes=5)(images).abs().max() < 0.1              # a new one
-    assert load_vit(path, num_classes=0)(images).shape == (2, 128)              # none
-    larger = load_vit(path, img_size=48, drop_path=0.2, report=said.append)
-    assert larger.grid == (6, 6) and not larger.training and larger.blocks[3].drop_path == pytest.approx(0.2)
-    assert "positions interpolated from 4 x 4 to 6 x 6" in said[0]
-    torch.save({"module": small_vit(in_chans=1, num_classes=3).state_dict()}, path)
-    assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 3)
-    torch.save(small_vit(img_size=(32, 16)).state_dict(), path)
-    with pytest.raises(ValueError, match="give the image size"):
-        load_vit(path)
-    assert load_vit(path, img_size=(32, 16)).grid == (4, 2)
-
-
-def test_a_recipes_batch_shrinks_to_the_data():
-    run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", "--accum_steps", "2"]))
-    finetune.fit_batch(512, run)
-    assert (run.args.batch_size, run.args.lr) == (512, 1e-3)
-    finetune.fit_batch(72, run)  # an eighth is 9, and 8 can be cut into two
-    assert run.args.batch_size == 8 and run.args.lr == pytest.approx(1e-3 * 8 / 512)
-    run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", "--batch_size", "512"]))
-    with pytest.raises(ValueError, match="--batch_size 512 is more than the 72"):
-        finetune.fit_batch(72, run)
-
-
-@pytest.mark.parametrize("mode", ["--eval", "--knn"])
-def test_no_batch_size_matters_without_training(tuned, capsys, mode):
-    flags = ["--init", tuned / "best.pt", *TUNE, mode]
-    call(finetune, *flags)
-    call(finetune, *flags, "--batch_size", 7, "--accum_steps", 3)
-    *_, one, _, two = capsys.readouterr().out.splitlines()
-    assert one == two and json.loads(one)["images"] == 60
-
-
-def test_a_large_seed(tmp_path):
-    call(finetune, "--scratch", *TUNE, *EVERYTHING, "--epochs", 1, "--seed", 2**40, "--out", tmp_path)
-    assert len(result(tmp_path)[1]) == 1
-
-
-def test_predictions(tmp_path, capsys):
-    """Classes and crop are those of the files beside the weights."""
-    model = small_vit(num_classes=4)
-    model.head.weight.data *= 1000
-    (tmp_path / "run").mkdir()
-    torch.save(model.state_dict(), tmp_path / "run" / "best.pt")
-    (tmp_path / "run" / "classes.json").write_text(json.dumps(["ape", "bee", "cat, black", "dog"]))
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"crop_ratio": 0.5}))
-    (tmp_path / "images" / "sub").mkdir(parents=True)
-    photo = Image.effect_noise((40, 40), 60).resize((40, 40), BICUBIC)
-    colours = Image.merge("RGB", [photo, photo.rotate(90), photo.rotate(180)])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for image, name in (photo, "gray.png"), (colours.convert("CMYK"), "sub/cmyk.jpg"), (colours, "turned.jpg"):
-        image.save(tmp_path / "images" / name, quality=95, **{"exif": exif} if "turned" in name else {})
-    (tmp_path / "images" / "broken.png").write_text("no image")
-    call(finetune, "--predict", tmp_path / "images", "--init", tmp_path / "run" / "best.pt", "--out", tmp_path / "out",
-         "--workers", 0, "--amp", "off")
-    said = capsys.readouterr()
-    assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
-    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == "file class probability second probability_2 third probability_3".split()
-    assert [row[0] for row in rows] == ["gray.png", "sub/cmyk.jpg", "turned.jpg"]
-    for row in rows:
-        image = ImageOps.exif_transpose(Image.open(tmp_path / "images" / row[0])).convert("RGB")
-        middle = image.resize((32, 32), BICUBIC, box=(10, 10, 30, 30))
-        logits = model.eval()(torch.from_numpy(np.array(middle)).permute(2, 0, 1)[None] / 127.5 - 1)
-        best = sorted(zip(logits.softmax(dim=1)[0].tolist(), ["ape", "bee", "cat, black", "dog"]), reverse=True)[:3]
-        assert row[1::2] == [name for _, name in best]
-        assert [float(value) for value in row[2::2]] == pytest.approx([value for value, _ in best], abs=2e-3)
-    with Image.open(tmp_path / "out" / "predictions.png") as picture:
-        assert picture.size == (8 * 152, 188)
-
-
-def test_pretraining_from_a_file(unbroken, tmp_path, capsys):
-    """The encoder and the teacher both begin as the file's encoder."""
-    flags = [*TRAIN[1:], "--init", unbroken / "encoder.pt", "--base_lr", 0, "--min_lr", 0, "--epochs", 1]
-    call(train, *flags, "--out", tmp_path)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
-    for name, value in torch.load(unbroken / "encoder.pt", weights_only=True).items():
-        assert torch.equal(state["encoder." + name], value), name
-        torch.testing.assert_close(state["teacher." + name], value)
-    assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
-    assert "--init" in refused(capsys, train, *TRAIN[1:], "--out", tmp_path)
-
-
-def test_curves_are_drawn(unbroken):
-    log = [dict(epoch=1, loss=1.0, top1=10.0), dict(epoch=2, loss=math.nan, top1=20.0), dict(epoch=3, loss=0.5)]
-    assert train.draw_curves(log).size == (2 * 440, 300)
-    with Image.open(unbroken / "curves.png") as picture:
-        assert picture.size == (2 * 440, 300)

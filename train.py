@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     network = run.wrap(model)
     batches = iter(run.loader(samples, data.Batches(
         len(source), args.batch_size, args.epochs, args.seed, start, args.accum_steps, run.rank, run.world_size)))
-    gallery = [samples[index] for index in range(min(8, len(source)))]
+    gallery = [samples[index] for index in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
     def save(step: int) -> None:
         run.check_weights(model, step)
@@ -356,7 +356,7 @@ def draw_curves(log: list[dict]) -> Image.Image:
         x0, y0, w, h = place * width + left, top, width - left - 24, height - top - 44
         low, high = min(value for _, value in points), max(value for _, value in points)
         room = 0.05 * (high - low) or 0.05 * abs(high)
-        low, high = low - room, high + room
+        low, high = max(low - room, min(low, 0)), high + room  # no axis below 0 for values above
         draw.text((x0, 10), f"{name}  {points[-1][1]:.4g}", fill="black", font_size=18)
         for tick in range(5):
             y = y0 + h * tick / 4
