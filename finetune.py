@@ -137,6 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.linear and args.model_ema:
         fail("--model_ema: a linear probe has no moving average; leave it out")
     args.batch_given = given.batch_size is not None
+    if args.mode == "predict":  # beside the classifier's own folder
+        args.out = args.out or os.path.dirname(args.init) + "_predict"
     args.out = args.out or os.path.join("output", f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}")
     return args
 
@@ -489,6 +491,8 @@ def predict(run: Run) -> None:
         dist.all_gather_object(shares, rows)
         rows = sum(shares, [])
 
+    if not rows:
+        fail(f"--predict {args.predict}: no image could be read, so nothing was written", code=1)
     run.make_out()
     table = io.StringIO()
     writer = csv.writer(table)

@@ -2149,3 +2149,27 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
     with watch:
         call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000, "--workers", 1)
     assert len(steps) == 6
+
+def test_a_folder_that_grew_is_refused_on_resume(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for index in range(9):
+        data.Shapes(9, 40).open(index).save(tmp_path / "a" / f"{index}.png")
+    flags = ["--recipe", "shapes", *TINY, "--out", tmp_path / "out", "--data", tmp_path / "a"]
+    call(train, *flags, "--epochs", 1)
+    shutil.copy(tmp_path / "a" / "0.png", tmp_path / "a" / "9.png")  # still one step an epoch
+    assert "9 images" in refused(capsys, train, *flags)
+
+
+def test_prediction_needs_a_readable_image(tmp_path, capsys):
+    (tmp_path / "x.png").write_text("no image")
+    torch.save(small_vit(num_classes=4).state_dict(), tmp_path / "best.pt")
+    with pytest.raises(SystemExit):
+        call(finetune, "--predict", tmp_path, "--init", tmp_path / "best.pt", "--out", tmp_path / "out", "--workers", 0)
+    assert "no image could be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_help_names_flags_and_defaults(capsys, module):
+    with pytest.raises(SystemExit) as ended:
+        module.parse_args(["--help"])
+    assert ended.value.code == 0 and "--accum_steps" in capsys.readouterr().out

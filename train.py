@@ -486,7 +486,7 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
-            return f"{action.help}{'' if action.default in (None, False) else ' (default: %(default)s)'}"
+            return f"{action.help}{'' if action.default in (None, False, argparse.SUPPRESS) else ' (default: %(default)s)'}"
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Parser.Formatter, allow_abbrev=False)
@@ -627,6 +627,9 @@ class Run:
         if checkpoint["steps_per_epoch"] != steps_per_epoch:
             fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
                  "data and --batch_size, or another --out, or --fresh")
+        if (images := len(checkpoint["samples"]["broken"])) != len(parts["samples"]):
+            fail(f"{path} was trained on {images} images, and now there are {len(parts['samples'])}: give the same "
+                 "data, or another --out, or --fresh")
         if changed:
             self.print("changed:", ", ".join(f"--{name} {now[name]} (was {value})" for name, value in changed.items()))
 
