@@ -486,7 +486,8 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
-            return f"{action.help}{'' if action.default in (None, False, argparse.SUPPRESS) else ' (default: %(default)s)'}"
+            silent = (None, False, argparse.SUPPRESS)
+            return action.help + ("" if action.default in silent else " (default: %(default)s)")
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Parser.Formatter, allow_abbrev=False)
