@@ -15,6 +15,7 @@ import copy
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -131,7 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.img_size = given.img_size
         if args.mode in ("eval", "predict") and given.crop_ratio is None:
             with one_line_errors():
-                args.crop_ratio = (read_beside(args.init, "config.json") or {}).get("crop_ratio", args.crop_ratio)
+                args.crop_ratio = (read_beside(args.init, "config.json", dict) or {}).get("crop_ratio", args.crop_ratio)
     if given.depth and args.mode not in ("linear", "knn"):
         fail(f"--depth {given.depth}: only --linear and --knn cut the encoder")
     if args.linear and args.model_ema:
@@ -318,7 +319,8 @@ def eval_batches(source, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     bar = tqdm(run.loader(samples, batches), leave=False, disable=None if run.is_main else True)
     for images, labels in bar:
         yield images[labels >= 0], labels[labels >= 0]
-    run.report_broken(samples, most=1.0)
+    if run.report_broken(samples, most=1.0) == len(source):
+        fail(f"no image could be read of {len(source)}, for example {source.name(0)!r}", code=1)
 
 
 EVAL_BATCH = 128
@@ -478,7 +480,7 @@ def predict(run: Run) -> None:
     with one_line_errors():
         source = data.ImageFolder(args.predict)
         source.labels = np.arange(len(source))  # a batch then says which images it holds
-        classes = read_beside(args.init, "classes.json")
+        classes = read_beside(args.init, "classes.json", list)
         model = build_model(run, classes and len(classes)).to(run.device)
     classes = classes or [str(number) for number in range(model.head.out_features)]
     rows = []
@@ -491,8 +493,6 @@ def predict(run: Run) -> None:
         dist.all_gather_object(shares, rows)
         rows = sum(shares, [])
 
-    if not rows:
-        fail(f"--predict {args.predict}: no image could be read, so nothing was written", code=1)
     run.make_out()
     table = io.StringIO()
     writer = csv.writer(table)
@@ -518,8 +518,9 @@ def chances(model: nn.Module, images: Tensor, run: Run) -> Tensor:
 def draw_predictions(model: nn.Module, source, run: Run) -> Image.Image:
     """32 validation images over all classes with what the model says: green where right, red where wrong."""
     samples = data.Samples(source, functools.partial(eval_view, args=run.args), replace=False)
-    order = random.Random(0).sample(range(len(source)), min(32, len(source)))
-    images, labels = zip(*(sample for sample in map(samples.__getitem__, order) if sample[1] >= 0))
+    order = random.Random(0).sample(range(len(source)), len(source))
+    readable = (sample for sample in map(samples.__getitem__, order) if sample[1] >= 0)
+    images, labels = zip(*itertools.islice(readable, 32))
     values, answers = (x.tolist() for x in chances(model, torch.stack(images), run).max(dim=1))
     model.train()
     tiles = []
@@ -561,7 +562,7 @@ def open_images(args: argparse.Namespace):
             raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), and has no val/")
         held_out = os.path.join(args.data, held_out)
         if args.mode == "eval":  # the classes are those of the classifier, if it was trained here
-            train = val = data.ImageFolder(held_out, read_beside(args.init, "classes.json"))
+            train = val = data.ImageFolder(held_out, read_beside(args.init, "classes.json", list))
         elif os.path.isdir(os.path.join(args.data, "train")):
             train = data.ImageFolder(os.path.join(args.data, "train"))
             val = data.ImageFolder(held_out, train.classes)
@@ -630,16 +631,19 @@ def fit_batch(images: int, run: Run) -> None:
     run.split_batch()
 
 
-def read_beside(path: str, name: str):
-    """What the JSON file `name` in the folder of `path` says, or None if there is none. Raises ValueError."""
+def read_beside(path: str, name: str, kind: type):
+    """The `kind` in the JSON file `name` in the folder of `path`, or None if there is no file. Raises ValueError."""
     path = os.path.join(os.path.dirname(path), name)
     if not os.path.exists(path):
         return None
     try:
         with open(path) as file:
-            return json.load(file)
+            content = json.load(file)
+        if not isinstance(content, kind):
+            raise ValueError(f"holds no {kind.__name__}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged; remove it to go on without") from error
+    return content
 
 
 if __name__ == "__main__":

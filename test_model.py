@@ -2124,7 +2124,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("module", [train, finetune])
 def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch, module):
-    """Watched are steps 2 to 5 of 6. Loading is another process's, and two checks are only made on the CPU."""
+    """Watched are steps 2 to 5 of 6, except for loading and two checks that are only made on the CPU."""
     steps, watch = [], contextlib.ExitStack()
 
     def stop_asked(run):
@@ -2143,11 +2143,12 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
         return call_unwatched
 
     monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
+    monkeypatch.setattr(data.Samples, "__getitem__", unwatched(data.Samples.__getitem__))
     monkeypatch.setattr(BootMAE, "split", unwatched(BootMAE.split))                          # of the mask
     monkeypatch.setattr(data.F, "one_hot", unwatched(torch.nn.functional.one_hot))           # of the labels
     flags = TRAIN[1:] if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *EVERYTHING]
     with watch:
-        call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000, "--workers", 1)
+        call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
     assert len(steps) == 6
 
 def test_a_folder_that_grew_is_refused_on_resume(tmp_path, capsys):
@@ -2173,3 +2174,30 @@ def test_help_names_flags_and_defaults(capsys, module):
     with pytest.raises(SystemExit) as ended:
         module.parse_args(["--help"])
     assert ended.value.code == 0 and "--accum_steps" in capsys.readouterr().out
+
+
+def test_validation_without_a_readable_image_is_named(unbroken, tmp_path, capsys):
+    folder = class_folders(tmp_path / "a", {"train": ["cat", "dog"], "val": ["cat", "dog"]})
+    for path in (folder / "val").glob("*/*"):
+        path.write_text("no image")
+    flags = ["--data", folder, "--init", unbroken / "encoder.pt", "--recipe", "shapes", "--out", tmp_path / "out"]
+    flags += ["--labels_per_class", 0, "--batch_size", 2, "--epochs", 1, "--workers", 0]
+    for mode in [], ["--knn"]:
+        with pytest.raises(SystemExit) as ended:
+            call(finetune, *flags, *mode)
+        assert ended.value.code == 1 and "no image could be read of 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "samples"])
+def test_a_checkpoint_without_a_part_is_named(finished, capsys, part):
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    del checkpoint[part]
+    torch.save(checkpoint, finished / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(capsys, train, *TRAIN[1:], "--out", finished)
+
+
+def test_other_tensors_in_a_checkpoint_are_named(finished, capsys):
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    checkpoint["model"]["renamed"] = checkpoint["model"].pop("encoder.cls_token")
+    torch.save(checkpoint, finished / "checkpoint.pt")
+    assert "other tensors" in refused(capsys, train, *TRAIN[1:], "--out", finished)

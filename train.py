@@ -619,7 +619,7 @@ class Run:
             return 0
         with one_line_errors():
             checkpoint = read_file(path)
-        if not {"config", "step", "steps_per_epoch", "log"} <= checkpoint.keys():
+        if not {"config", "step", "steps_per_epoch", "log", "model", "optimizer", "samples"} <= checkpoint.keys():
             fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
         was, now = checkpoint["config"], self.config
         changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
@@ -634,17 +634,21 @@ class Run:
         if changed:
             self.print("changed:", ", ".join(f"--{name} {now[name]} (was {value})" for name, value in changed.items()))
 
-        for name, part in parts.items():
-            state = checkpoint.get(name)
-            if isinstance(part, torch.optim.Optimizer):  # the moments, but not the settings: those are this call's
-                settings = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
-                part.load_state_dict(state)
-                for group, own in zip(part.param_groups, settings):
-                    group |= own
-            elif state:  # a scaler's is empty unless that was fp16
-                part.load_state_dict(state)
-            elif isinstance(part, nn.Module):  # an average that begins later begins as the model
-                part.load_state_dict(checkpoint["model"])
+        try:
+            for name, part in parts.items():
+                state = checkpoint.get(name)
+                if isinstance(part, torch.optim.Optimizer):  # the moments, but not the settings: those are this call's
+                    settings = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+                    part.load_state_dict(state)
+                    for group, own in zip(part.param_groups, settings):
+                        group |= own
+                elif state:  # a scaler's is empty unless that was fp16
+                    part.load_state_dict(state)
+                elif isinstance(part, nn.Module):  # an average that begins later begins as the model
+                    part.load_state_dict(checkpoint["model"])
+        except (RuntimeError, ValueError):
+            fail(f"{path} has other tensors than this version of the code; another --out leaves it alone, --fresh "
+                 "replaces it")
         self.log = checkpoint["log"]
         epochs = f"{checkpoint['step'] // steps_per_epoch} of {self.args.epochs}"
         self.print(f"going on from {path}, epoch {epochs}, step {checkpoint['step']}")
@@ -876,9 +880,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         code = end.code
         raise
     except Exception as error:
+        if "by peer" in str(error):  # its own message, or torchrun's, says why
+            fail("another process has ended, so this one can't go on", code=1)
         traceback.print_exc()
-        if "Connection" in str(error):  # its own message, or torchrun's, says why
-            print("another process has ended, so this one can't go on", file=sys.stderr)
         raise SystemExit(code) from None
     finally:
         # DistributedDataParallel's destructor holds Python's lock while it waits for a gloo thread that may want it
