@@ -1,7 +1,7 @@
 """Images: folders of any kind, the built-in shapes, and augmentation. Needs only torch, numpy and pillow.
 
 Images stay uint8 until they are on the device. Everything random about a sample depends on (seed, epoch, index) alone,
-so neither the number of workers nor that of processes changes the samples (mixup and erasing work on batches).
+so the numbers of workers and processes do not change the samples (mixup and erasing work on batches).
 """
 import math
 import os
@@ -119,10 +119,10 @@ SHAPES = tuple(OUTLINES)
 
 
 def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float) -> np.ndarray:
-    """A colour of this lightness and hue (in turns) that grows darker downwards, more or less: the light is above.
+    """A colour of this lightness and hue (in turns) that grows darker from top to bottom, at a slight angle.
 
-    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. It falls by enough to show in an
-    eighth of the way.
+    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. The slope is steep
+    enough to show within an eighth of the image.
     """
     angle = rng.uniform(-0.35, 0.35)
     along = (x * math.sin(angle) + y * math.cos(angle)) / (abs(math.cos(angle)) + abs(math.sin(angle)))    # (H, W)
@@ -138,9 +138,10 @@ class Shapes:
     not overlap make separate training and test sets. The class is the shape; colours, place, size and rotation say
     nothing about it.
 
-    The rest of an image can be told from a part of it, since that is what pretraining asks: there is no noise, no small
-    detail, no flat colour (a patch without slope, once normalised, is nothing but rounding error), a shape is lighter
-    than what it lies on, and the light comes from above, so that a mirrored image is as likely as the image.
+    The hidden part of an image can be inferred from the rest, as pretraining requires. There is no noise, no
+    small detail and no flat colour (a patch without slope, once normalised, is nothing but rounding error).
+    A shape is lighter than its background. The light comes from above, so a mirrored image is as likely as
+    the image.
     """
 
     classes = SHAPES
@@ -287,7 +288,7 @@ RAND_AUGMENT = {
     "equalize": lambda image, m, s: ImageOps.equalize(image),
     "invert": lambda image, m, s: ImageOps.invert(image),
     "rotate": lambda image, m, s: image.rotate(30 * s, RESAMPLE, fillcolor=FILL),
-    # by hand: 4 - int(4 * m) bits are none where m is 1 (black), for which new Pillow's ImageOps.posterize raises
+    # not ImageOps.posterize: new Pillow's raises for 0 bits, which m = 1 asks for (a black image)
     "posterize": lambda image, m, s: image.point(lambda value: value & ~(255 >> 4 - int(4 * m))),
     "solarize": lambda image, m, s: ImageOps.solarize(image, 256 - int(256 * m)),
     "solarize_add": lambda image, m, s: image.point(lambda value: value + int(110 * m) if value < 128 else value),
@@ -345,7 +346,7 @@ def random_erasing(
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(shape, device=images.device).uniform_(low, high, generator=generator)
 
-    # Instead of redrawing a rectangle until it fits, which would wait for the device: ten at once, the first that fits.
+    # Draw ten rectangles and take the first that fits: redrawing until one fits would wait for the device.
     pixels = H * W * uniform(*area, B, 10)
     ratio = uniform(math.log(aspect[0]), math.log(aspect[1]), B, 10).exp()
     height, width = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()             # (B, 10) each
@@ -378,7 +379,7 @@ def mixup_cutmix(
     The whole batch gets either mixup (Zhang et al. 2017, arXiv:1710.09412), which blends two images, or CutMix (Yun et
     al. 2019, arXiv:1905.04899), which pastes a box of one into the other, each with probability 1/2. The share that an
     image keeps is drawn once from Beta(a, a), a being `mixup` or `cutmix`; a box cut off by the border gives the share
-    it really leaves. Where one a is 0 the other way is always taken; where both are, images stay unmixed.
+    it really leaves. mixup=0 always does CutMix, cutmix=0 always mixup; with both 0, images stay unmixed.
 
     Takes float images (B, 3, H, W) and int64 labels (B,) on any device, without waiting for it; returns images of
     that shape and float32 targets (B, num_classes), each row adding up to 1: labels mixed likewise, with `smoothing`
@@ -409,7 +410,7 @@ def mixup_cutmix(
 
 
 def seed_from(*parts) -> int:
-    """A seed of 63 bits from numbers and words: other parts, other seed, where a sum would give some twice."""
+    """A 63-bit seed from numbers and words. Other parts give another seed; a sum could give the same."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
@@ -420,8 +421,8 @@ class Samples(torch.utils.data.Dataset):
     transform: takes the opened image and a random.Random that knows only (seed, epoch, index); returns a tuple.
     A file that can't be read is replaced by another, the same one in every run; with replace=False by a gray image
     labelled -1, which evaluation leaves out.
-    broken: bool (len(source),), the files found unreadable so far, by any loading worker: they share its memory.
-    reported: those of them that were named to the user.
+    broken: bool (len(source),), the files found unreadable so far. The loading workers share its memory.
+    reported: bool (len(source),), the broken files that the user has been told of.
     """
 
     def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0,
@@ -434,7 +435,7 @@ class Samples(torch.utils.data.Dataset):
         return len(self.source)
 
     def state_dict(self) -> dict:
-        return {"broken": self.broken}
+        return {"broken": self.broken | self.reported}  # `reported` has those of all processes
 
     def load_state_dict(self, state: dict) -> None:
         self.broken |= state["broken"]
@@ -443,7 +444,7 @@ class Samples(torch.utils.data.Dataset):
         epoch, wanted = divmod(key, len(self))
         index = wanted
         for attempt in range(10 if self.replace else 1):
-            # of the wanted image, or else two broken files that name each other would go round in circles
+            # seeded by `wanted`: with `index`, two broken files could replace each other again and again
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
                 return *self.transform(self.source.open(index), rng), int(self.source.labels[index])

@@ -117,6 +117,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     args = parse_recipe(parser, LINEAR if given.linear else RECIPES, argv)
 
+    for flag in ("predict", "init"):
+        if getattr(args, flag) == "":
+            fail(f"--{flag} is empty: name a {'folder of images' if flag == 'predict' else 'file'}")
     modes = [mode for mode in ("linear", "knn", "eval", "predict") if getattr(args, mode)]
     if len(modes) > 1:
         fail(f"--{' and --'.join(modes)} are different things to do: give one")
@@ -144,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# What a resumed run may not change
+# Settings that a resumed run must not change
 FIXED = ("data", "init", "teacher", "scratch", "linear", "depth", "model", "img_size", "patch_size", "num_classes",
          "labels_per_class", "seed")
 
@@ -189,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     run = Run(args)
     if args.mode == "predict":
         return predict(run)
-    with one_line_errors():  # whatever is wrong with the flags shows here, before anything is written
+    with one_line_errors():  # wrong flags or data end the run here, before anything is written
         train, val = open_images(args)
         args.num_classes = num_classes = len(train.classes)
         model = build_model(run, num_classes)
@@ -258,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - args.model_ema)
 
-        # Look at the loss seldom, since that waits for the device
+        # Read the loss only every --log_every steps: reading it waits for the device
         done = step + 1
         if done % args.log_every == 0:
             losses = meter.look()
@@ -288,9 +291,9 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(models: list[nn.Module], source, run: Run) -> list[dict[str, float]]:
-    """Of each model: images, top1 and top5 in per cent, over all images that can be read.
+    """For each model: the number of readable images, and top1 and top5 over them in per cent.
 
-    One pass for all models, since loading may be what takes long.
+    All models share one pass over the images, because loading may take longest.
     """
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=run.device)
     for model in models:
@@ -307,9 +310,10 @@ def evaluate(models: list[nn.Module], source, run: Run) -> list[dict[str, float]
 
 
 def eval_batches(source, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (b, 3, H, W) uint8 and labels (b,) of this process's share, without those that can't be read: named.
+    """Batches of this process's share: images uint8 (b, 3, H, W), labels (b,). Unreadable images are left out.
 
-    Each process takes every world_size-th image, and nothing is padded, so that each image counts once.
+    Each process takes every world_size-th image. Nothing is padded, so each image counts once. At the end
+    the names of unreadable images are printed.
     """
     run.join()
     args = run.args
@@ -331,7 +335,7 @@ def to_device(images: Tensor, run: Run) -> Tensor:
 
 
 def count_correct(ranking: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of `ranking` (b, 5), best class first, are right, right among the five, and in all: (3,)."""
+    """Counts (3,): rows of `ranking` (b, up to 5), best class first, that are right in the first place, in any, all."""
     right = ranking == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
 
@@ -432,6 +436,7 @@ def classify_by_neighbours(model: Features, train, val, run: Run) -> dict[str, f
 @torch.no_grad()
 def extract(model: Features, source, run: Run) -> tuple[Tensor, Tensor]:
     """Features (n, D) and labels (n,), on the CPU, of this process's share of the images that can be read."""
+    model.eval()  # no drop path
     features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
     for images, batch_labels in eval_batches(source, run):
         with run.autocast():
@@ -441,7 +446,7 @@ def extract(model: Features, source, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def gather(mine: tuple[Tensor, ...], run: Run) -> tuple[Tensor, ...]:
-    """Tensors on the CPU, whose rows are shared out over the processes, whole in every one."""
+    """Concatenate the rows of CPU tensors of all processes; every process gets the whole."""
     if run.world_size == 1:
         return mine
     shares = [None] * run.world_size
@@ -455,7 +460,7 @@ def knn(
     """`count_correct` of a vote of the k nearest training images by cosine, weighted by exp(cosine / 0.07).
 
     Features (n, D) are first standardised by the training images' mean and deviation, as the probe's BatchNorm does.
-    They are on the CPU; the search, in ImageNet 64 billion products of vectors, is done on `device`.
+    They come from the CPU; the search runs on `device`: on ImageNet it takes 64 billion dot products.
     """
     train, train_labels, val, val_labels = (x.to(device) for x in (train, train_labels, val, val_labels))
     std, mean = torch.std_mean(train, dim=0)
@@ -502,8 +507,8 @@ def predict(run: Run) -> None:
         writer.writerow([name, *(cell for name, value in best for cell in (name, f"{value:.4f}"))])
     run.save(table.getvalue().encode(errors="surrogateescape"), "predictions.csv")
     some = sorted(random.Random(0).sample(rows, min(32, len(rows))))
-    tiles = [(eval_view(source.open(index), None, args)[0], [f"{name} {100 * value:.0f} %" for name, value in best[:2]],
-              "black") for index, best in some]
+    tiles = [(eval_view(source.open(index), None, args)[0],
+              [percentage(*best[0]), os.path.basename(source.name(index))], "black") for index, best in some]
     run.save_picture(contact_sheet(tiles), "predictions.png")
     run.print(f"{len(rows)} of {len(source)} images classified; {args.out} holds predictions.csv and predictions.png")
 
@@ -525,15 +530,20 @@ def draw_predictions(model: nn.Module, source, run: Run) -> Image.Image:
     model.train()
     tiles = []
     for image, label, value, answer in zip(images, labels, values, answers):
-        lines = [f"{source.classes[answer]} {100 * value:.0f} %"]
+        lines = [percentage(source.classes[answer], value)]
         if answer != label:
             lines.append(f"is {source.classes[label]}")
         tiles.append((image, lines, "green" if answer == label else "red"))
     return contact_sheet(tiles)
 
 
+def percentage(name: str, value: float) -> str:
+    """A class and its probability, short enough for a tile: a long name loses its end."""
+    return f"{name if len(name) <= 14 else name[:12] + '..'} {100 * value:.0f} %"
+
+
 def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
-    """Eight images a row: uint8 (3, H, W), up to two lines below it, the colour of its frame and of the first line."""
+    """A picture of tiles, eight a row: image uint8 (3, H, W), up to two lines of text, colour of frame and line 1."""
     side, width, height = 136, 152, 188
     picture = Image.new("RGB", (8 * width, math.ceil(len(tiles) / 8) * height), "white")
     draw = ImageDraw.Draw(picture)
@@ -585,9 +595,9 @@ def open_images(args: argparse.Namespace):
 
 
 def build_model(run: Run, num_classes: int | None) -> nn.Module:
-    """The network that the flags ask for. What --init decides is written to the flags. Raises ValueError.
+    """The network that the flags ask for; sets args.img_size and args.patch_size to those found in --init.
 
-    num_classes: those of the data; None takes the file's.
+    num_classes: number of classes of the data; None takes the file's. Raises ValueError if --init does not fit.
     """
     args = run.args
     torch.manual_seed(args.seed)  # the same weights in every process
@@ -615,7 +625,7 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
 
 
 def fit_batch(images: int, run: Run) -> None:
-    """Where a recipe's batch is more than an eighth of the images, take a smaller one, and a rate that goes with it.
+    """If a recipe's batch is larger than the training set, take an eighth of the images, and scale --lr with it.
 
     Raises ValueError for a --batch_size that does not fit.
     """
@@ -624,6 +634,9 @@ def fit_batch(images: int, run: Run) -> None:
         raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training images there are")
     if not args.batch_given and args.batch_size > images:
         batch_size = max(images // 8 // parts, 1) * parts
+        if batch_size > images:
+            raise ValueError(f"{images} training images are fewer than {run.world_size} processes x --accum_steps "
+                             f"{args.accum_steps}")
         args.lr *= batch_size / args.batch_size
         run.print(f"batch of {batch_size} for {images} images, not {args.batch_size}"
                   f"{f'; peak learning rate {args.lr:.2g}' if args.lr else ''}")

@@ -32,9 +32,9 @@ def block_mask(
 ) -> Tensor:
     """Mask rectangles of patches until `cover` of the grid is masked, then random patches up to `num_masked`.
 
-    The fractions of the grid are the published recipe's 120, 16 and 60 patches of 14 x 14; `min_aspect` .. 1 /
-    `min_aspect` bounds height / width, log-uniformly. A rectangle is kept only if it masks something new and does
-    not overshoot `cover`.
+    The default fractions are the published recipe's 120, 16 and 60 of 14 x 14 patches. Height / width is
+    log-uniform from `min_aspect` to 1 / `min_aspect`. A rectangle is kept only if it masks something new and
+    does not overshoot `cover`.
 
     Returns bool (batch, rows * columns) with exactly `num_masked` True in each row, the same for the same generator
     state. Raises ValueError unless 0 <= num_masked <= rows * columns.
@@ -65,8 +65,8 @@ def block_mask(
                 mask, covered = union, union.bit_count()
         masks.append(mask.to_bytes((num_patches + 7) // 8, "little"))
 
-    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(batch, -1)  # (B, N / 8), 8 bits each
-    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1                        # (B, N / 8, 8)
+    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8).view(batch, -1)  # (B, N / 8 up) bytes
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1                        # (B, N / 8 up, 8) bits
     return _fill_up(bits.flatten(1)[:, :num_patches].bool(), num_masked, generator)            # (B, N)
 
 

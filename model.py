@@ -73,9 +73,10 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(w)) v for q (B, h, T, w), k and v (B, h, S, w): torch's fused kernel wherever it is faster.
+    """softmax(q k^T / sqrt(w)) v for q (B, h, T, w), k and v (B, h, S, w).
 
-    In bfloat16 on a CPU it is 2 to 16 times slower than the plain products (torch 2.13, 26 to 577 tokens).
+    Uses torch's fused kernel, except in bfloat16 on a CPU, where that kernel is 2 to 16 times slower than
+    the plain products (torch 2.13, 26 to 577 tokens).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
@@ -85,14 +86,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention to a context of width `context_dim`.
 
-    A head is floor(dim / num_heads) wide. That need not divide: the published ViT-B regressor has 12 heads of 42 at
-    width 512, so its q, k and v are 504 wide.
+    A head is floor(dim / num_heads) wide, and num_heads need not divide dim: the published ViT-B regressor
+    has 12 heads of 42 at width 512, so its q, k and v are 504 wide.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
         super().__init__()
         self.num_heads = num_heads
         inner = dim // num_heads * num_heads
+        if not inner:
+            raise ValueError(f"width {dim} is less than num_heads {num_heads}")
         if context_dim is None:
             self.qkv = nn.Linear(dim, 3 * inner)
         else:
@@ -101,9 +104,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """T tokens (B, T, dim), and for cross-attention S of the context (B, S, context_dim), to (B, T, dim).
+        """x (B, T, dim) -> (B, T, dim); cross-attention also takes a context (B, S, context_dim).
 
-        h heads of width w.
+        h is the number of heads, w the width of one.
         """
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)                               # (B, T, h*w) each
@@ -150,7 +153,7 @@ class DecoderBlock(Block):
     """A block with feature injection: cross-attention to encoder features between self-attention and MLP.
 
     Queries come from all tokens of the decoder (CLS, visible, masked), keys and values from the encoder's CLS and
-    visible tokens. context_dim None leaves the injection out, which makes it a plain block.
+    visible tokens. With context_dim None there is no injection: a plain block.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None):
@@ -170,8 +173,10 @@ class DecoderBlock(Block):
 
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform matrices, zero biases. `nn.Module.apply` visits children first, so an Attention comes after its
-    Linears and overwrites what they got."""
+    """Xavier-uniform matrices, zero biases.
+
+    `nn.Module.apply` visits children first, so the case of Attention overwrites the weights of its Linears.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -205,7 +210,7 @@ class ViT(nn.Module):
     img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a classifier, with
     `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly from 0 in the first block to its
     value in the last. Images are float (B, in_chans, H, W) in [-1, 1].
-    Raises ValueError if img_size is not divisible by patch_size, embed_dim not by 4, or embed_dim not by num_heads.
+    Raises ValueError unless img_size is divisible by patch_size, and embed_dim by 4 and by num_heads.
     """
 
     def __init__(
@@ -251,9 +256,9 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks over patches (B, N, C*p*p), or over only those whose indices are in keep (B, V) int64.
 
-        Returns the last block's tokens (B, 1 + V, D), before the final norm, and the same of each block numbered in
-        `taps` (the first block is 1). Give `grid` where the patches' differs from the model's: positions are then
-        interpolated.
+        Returns the last block's tokens (B, 1 + V, D), before the final norm, and a dict of the tokens after each
+        block numbered in `taps` (the first block is 1). V is N without `keep`. `grid` is the grid of the patches
+        if it is not the model's; positions are then interpolated.
         """
         positions = resize_positions(self.pos_embed, self.grid, grid or self.grid)    # (1, 1+N, D)
         cls, positions = self.cls_token + positions[:, :1], positions[:, 1:]          # (1, 1, D), (1, N, D)
@@ -280,8 +285,9 @@ class ViT(nn.Module):
     def feature_maps(self, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
         """Outputs of the blocks numbered in `blocks` (from 1) as maps (B, D, H/p, W/p), for dense prediction.
 
-        Any image size that patch_size divides will do: positions are interpolated. Gradients flow. UperNet and Mask
-        R-CNN want four strides; for patches of 16 these layers, one a map, make strides 4, 8, 16 and 32 of them:
+        The image size may be any that patch_size divides: positions are interpolated. Gradients flow. UperNet
+        and Mask R-CNN need four strides. With patches of 16, these layers, one for each map, give strides 4, 8,
+        16 and 32:
 
             up = lambda: nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2)
             nn.Sequential(up(), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)
@@ -300,7 +306,7 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Fills in the masked places: the pixel regressor and the feature predictor are both one of these.
+    """Predicts the masked patches. The pixel regressor and the feature predictor are both a Decoder.
 
     context_dim is the width of the features injected into each block, or None for no injection.
     """
@@ -328,10 +334,10 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
         """latent (B, 1+V, D), context likewise, masked (B, M) patch indices -> predictions (B, M, out_dim).
 
-        Attention does not care about order, so the mask tokens are simply appended: nothing is woven back in place.
+        The mask tokens are appended to the visible ones: attention does not depend on the order of tokens.
         """
         visible = self.embed(latent)                              # (B, 1+V, d), positions come with the latent
-        holes = self.mask_token + self.pos_embed[0, 1:][masked]   # (B, M, d), only the position tells these apart
+        holes = self.mask_token + self.pos_embed[0, 1:][masked]   # (B, M, d), one token, M positions
         x = torch.cat([visible, holes], dim=1)                    # (B, 1+N, d)
         for block in self.blocks:
             x = block(x, context)
@@ -341,7 +347,7 @@ class Decoder(nn.Module):
 def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
     """Normalise each channel of each patch by its own mean and biased variance: (..., C*p*p) to the same shape.
 
-    Per channel, so the local colour is left out of the target as well; MAE normalises over all C*p*p values.
+    MAE normalises over all C*p*p values; doing it per channel removes the local colour from the target too.
     """
     x = patches.unflatten(-1, (-1, patch_size**2))                # (..., C, p*p)
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
@@ -349,7 +355,7 @@ def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def standardize(features: Tensor) -> Tensor:
-    """LayerNorm without parameters over the last dimension, in float32: teacher and prediction are compared in it."""
+    """LayerNorm without parameters over the last dimension, in float32; feature_loss compares its outputs."""
     return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)
 
 
@@ -368,12 +374,12 @@ def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Output(NamedTuple):
-    """What `BootMAE.forward` returns. Predictions are those of the masked patches, in ascending order."""
+    """What `BootMAE.forward` returns. The predictions are for the masked patches, in ascending order."""
 
     pixel_loss: Tensor         # scalar
     feature_loss: Tensor       # scalar, 0 without a feature target
     pixels: Tensor             # (B, M, C*p*p), normalised as `normalize_patches` does
-    features: Tensor | None    # (B, M, D), what the teacher is predicted to say; None without a feature target
+    features: Tensor | None    # (B, M, D), the predicted teacher features; None without a feature target
     masked: Tensor             # (B, M) int64, the indices of these patches
 
 
@@ -384,9 +390,9 @@ class BootMAE(nn.Module):
     decoder_num_heads: the encoder's if None. The paper's ablations:
     inject: the encoder blocks whose output the regressor and the predictor attend to (first is 1, last is -1, 0: none).
     feature_target: False leaves out teacher and predictor.
-    weighted_loss: False weighs all masked patches alike.
-    With inject=(0, 0) and both of these False it is an MAE, but for pixels normalised per channel, a shallower decoder,
-    and positions added only to the mask tokens in it.
+    weighted_loss: False gives every masked patch weight 1.
+    With inject=(0, 0) and both flags False this is MAE with three differences: pixels are normalised per
+    channel, the decoder is shallower, and it adds positions to the mask tokens only.
     Raises ValueError for sizes that do not fit (see `ViT`), a width not divisible by 4 or a block that is not there.
     """
 
@@ -424,7 +430,7 @@ class BootMAE(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Output:
         """Losses for images, float (B, C, H, W) in [-1, 1], under a mask, bool (B, N), True = masked: see `Output`.
 
-        Every row of the mask has the same count. The mask may stay on the CPU: checking it then costs no GPU sync.
+        Every row of the mask must hide the same number of patches. Checking a mask on the CPU costs no GPU sync.
         Raises ValueError for images or a mask of another shape, dtype or count.
         """
         visible, masked = self.split(images, mask)                                            # (B, V), (B, M) indices
@@ -462,7 +468,7 @@ class BootMAE(nn.Module):
         if self.teacher is not None:
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
 
-    @torch.compiler.disable  # V and M depend on the mask's content: left out of compilation, whose shapes stay static
+    @torch.compiler.disable  # not compiled: V and M depend on the mask's values, compiled shapes are static
     def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
         shape = (len(images), self.grid[0] * self.grid[1])
@@ -500,8 +506,8 @@ def load_vit(
     """A ViT of the sizes found in a file of weights, in evaluation mode.
 
     path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE, or timm's
-    state_dict of a plain ViT. img_size: None is the file's; at any other, positions are interpolated. num_classes:
-    None is the file's (an encoder if it has no head); with another number the head is new, with 0 there is none.
+    state_dict of a plain ViT. img_size: None takes the file's; for any other, positions are interpolated.
+    num_classes: None takes the file's (an encoder if it has no head), another number a new head, 0 no head.
     teacher: take the teacher's weights from a pretraining checkpoint. report: called with a line that says what was
     loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
@@ -558,7 +564,7 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
 
 
 def sizes_of(state: dict[str, Tensor], path: str) -> dict:
-    """Keyword arguments of the `ViT` that a state_dict belongs to; img_size is None if the images were not square."""
+    """Keyword arguments of the `ViT` that a state_dict belongs to; img_size is None if N is not a square number."""
     if any(key.startswith("features.encoder.") for key in state):
         raise ValueError(f"{path} is of a linear probe; give the encoder that it was trained on")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
@@ -586,12 +592,13 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
 def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
     """Copy what fits into `vit`; returns a line on what was loaded, left out and new.
 
-    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has parts without which it
-    would be another network, layer scale for one.
+    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has parts, such as
+    layer scale, that `vit` lacks, so that it would be another network.
     """
     own, state, note = vit.state_dict(), dict(state), ""
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if side * side + 1 == state["pos_embed"].shape[1] and (side, side) != vit.grid:
+    square = side * side + 1 == state["pos_embed"].shape[1]  # so has a 2 x 8 grid, which must not be interpolated
+    if square and (side, side) != vit.grid and not torch.equal(state["pos_embed"], own["pos_embed"]):
         state["pos_embed"] = resize_positions(state["pos_embed"].float(), (side, side), vit.grid)
         note = f"; positions interpolated from {side} x {side} to {vit.grid[0]} x {vit.grid[1]}"
     loaded = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}

@@ -2201,3 +2201,26 @@ def test_other_tensors_in_a_checkpoint_are_named(finished, capsys):
     checkpoint["model"]["renamed"] = checkpoint["model"].pop("encoder.cls_token")
     torch.save(checkpoint, finished / "checkpoint.pt")
     assert "other tensors" in refused(capsys, train, *TRAIN[1:], "--out", finished)
+
+
+def test_empty_names_and_too_few_images_are_refused(tmp_path, capsys):
+    assert "--predict is empty" in refused(capsys, finetune, *TUNE, "--scratch", "--predict", "")
+    assert "--init is empty" in refused(capsys, finetune, *TUNE, "--init", "")
+    folder = class_folders(tmp_path / "a", {"train": ["cat", "dog"], "val": ["cat", "dog"]})
+    flags = ["--data", folder, "--scratch", "--recipe", "photos", "--accum_steps", 7, "--workers", 0]
+    assert "6 training images are fewer" in refused(capsys, finetune, *flags, "--out", tmp_path / "out")
+
+
+def test_positions_of_an_oblong_grid_are_kept():
+    """2 x 8 patches are as many as 4 x 4, and must not be taken for them."""
+    model, state = small_vit(img_size=(16, 64)), small_vit(img_size=(16, 64)).state_dict()
+    load_matching(model, state, "file")
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+
+
+def test_neighbours_of_a_random_network_see_no_drop_path(tmp_path, capsys):
+    flags = ["--scratch", *TUNE, "--knn", "--drop_path", 0.9]
+    call(finetune, *flags)
+    first = capsys.readouterr().out.splitlines()[-1]
+    call(finetune, *flags, "--drop_path", 0)
+    assert capsys.readouterr().out.splitlines()[-1] == first

@@ -4,8 +4,8 @@
     python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
-Run the same command again and it goes on where it was. --batch_size counts the images of one optimizer step over all
-processes and accumulation steps, so a recipe means the same on any number of GPUs.
+The same command resumes an interrupted run. --batch_size is the number of images in one optimizer
+step, over all processes and accumulation steps, so a recipe means the same on any number of GPUs.
 """
 import argparse
 import contextlib
@@ -49,7 +49,8 @@ RECIPES = {
         model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512,
         base_lr=5e-4, min_lr=0.0,
     ),
-    # In short runs large holes teach little, and a teacher has little to say until late: random masks, a late lambda
+    # Short runs use random masks and raise lambda over the whole run: with few steps, large holes teach
+    # little and the teacher becomes useful late
     "photos": dict(
         model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.7,
         crop_scale=(0.4, 1.0), epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0, feature_ramp=1.0,
@@ -114,7 +115,7 @@ def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespa
 
 
 def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
-    """uint8 (3, H, W), bool (N,)."""
+    """A random crop of an image, perhaps mirrored, uint8 (3, H, W), and a mask for it, bool (N,)."""
     image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     return data.to_tensor(image), pretrain_mask(1, generator, args, grid)[0]
@@ -127,7 +128,8 @@ def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Names
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
     """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`.
 
-    `peak` grows with the batch and `end` does not; where a small batch puts the peak below the end, the peak stays.
+    `peak` grows with the batch size and `end` does not. If a small batch puts `peak` below `end`, the
+    learning rate stays at `peak` after the warm-up.
     """
     if progress < warmup:
         return peak * progress / warmup
@@ -138,8 +140,9 @@ def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
 def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
     """Learning rate, weight of feature_loss (lambda) and teacher momentum of one step.
 
-    A teacher of momentum m averages over about the last 1 / (1 - m) steps. The published run lets it average over
-    0.4 %, 4 % and 40 % of its 250,000 steps, so each value is capped by what that share is of a shorter run.
+    A teacher of momentum m averages over about the last 1 / (1 - m) steps. The three published momenta
+    average over 0.4 %, 4 % and 40 % of a run of 250,000 steps. In a shorter run each momentum is lowered
+    until it averages over the same share of the steps.
     """
     progress = step / total_steps
     lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
@@ -156,7 +159,7 @@ def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace)
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args)
-    with one_line_errors():  # whatever is wrong with the flags shows here, before anything is written
+    with one_line_errors():  # wrong flags or data end the run here, before anything is written
         run.split_batch()
         source = open_images(args)
         model = build_model(args, run.print)
@@ -197,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
             images = data.scale_pixels(images.to(run.device, non_blocking=True))  # float (b, 3, H, W)
             network.require_backward_grad_sync = part == args.accum_steps - 1     # DDP averages gradients once a step
             with run.autocast():
-                out = network(images, mask)  # the mask stays on the CPU, where checking it waits for no GPU
+                out = network(images, mask)  # the mask is on the CPU: checking it there waits for no GPU
                 loss = out.pixel_loss + feature_weight * out.feature_loss
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(out.pixel_loss, out.feature_loss)
@@ -208,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         model.update_teacher(momentum)
 
-        # Look at the losses seldom, since that waits for the device
+        # Read the losses only every --log_every steps: reading them waits for the device
         done = step + 1
         if done == 1 or done % args.log_every == 0:
             losses = meter.look()
@@ -234,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures")
 
 
-# What a resumed run may not change
+# Settings that a resumed run must not change
 FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask",
          "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
 
@@ -293,12 +296,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 @torch.no_grad()
 def draw_reconstructions(model: BootMAE, gallery: list[tuple], run: "Run") -> tuple[Image.Image, dict[str, float]]:
-    """A picture of what the model makes of some samples of `pretrain_sample`, and how close it comes.
+    """A picture of the model's predictions for some samples of `pretrain_sample`, and their PSNR.
 
-    Columns: original, masked, no prediction, prediction, teacher features as colours. The target leaves out a patch's
-    mean and contrast, so the true ones are given back; "no prediction" has the true mean and nothing else, which is
-    what predicting zeros would look like. psnr and psnr_nothing compare the masked patches of both with the original.
-    The colours are three principal components of what the teacher says minus what it says on average at that place.
+    Columns: original, masked, no prediction, prediction, teacher features as colours. The target leaves out
+    a patch's mean and contrast, so the picture uses the true ones. "no prediction" shows the true mean alone,
+    as a model that predicts zeros would. psnr and psnr_nothing compare the masked patches of "prediction" and
+    "no prediction" with the original. The colours are three principal components of the teacher's features,
+    after their mean over the images is subtracted at each place.
     """
     images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(run.device)    # (B, 3, H, W)
     model.eval()
@@ -311,7 +315,7 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple], run: "Run") -> tu
     predicted = (out.pixels.float().unflatten(2, (3, -1)) * (variance + 1e-5).sqrt() + mean).clamp(-1, 1)
 
     def shown(values: Tensor) -> Tensor:
-        """The images with (B, M, 3, p*p) in the masked places, (B, 3, H, W)."""
+        """The images (B, 3, H, W) with `values` (B, M, 3, p*p) in the masked places."""
         return unpatchify(patches.scatter(1, masked.expand(-1, -1, patches.shape[2]), values.flatten(2)), p, grid)
 
     def psnr(values: Tensor) -> float:
@@ -343,7 +347,7 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple], run: "Run") -> tu
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
-    """The losses of each epoch, and for a classifier top-1, a panel each."""
+    """Curves over the epochs, one panel each: the losses, and top-1 of a classifier."""
     names = ("pixel_loss", "feature_loss", "loss", "top1", "top1_ema")
     curves = {name: [(line["epoch"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
               for name in names}
@@ -380,7 +384,8 @@ def draw_curves(log: list[dict]) -> Image.Image:
 def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Run") -> None:
     """Time training steps on random images, and the loading of real ones; print where the time goes.
 
-    GPU times are by events, CPU times by the clock; each figure is the median of ten steps, after three to warm up.
+    GPU times come from CUDA events, CPU times from the clock. Each is the median of ten steps, after three
+    steps to warm up. With --accum_steps a "step" is one part of a batch and an update.
     """
     args, cuda = run.args, run.device.type == "cuda"
     run.join()
@@ -465,15 +470,15 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run needs around its loop. finetune.py uses it too; nothing below knows what is trained.
+# What a run needs around its loop. finetune.py imports it; nothing below depends on the model.
 
 
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    """A type for argparse: numbers of a kind, within a range. NaN is in none."""
+    """An argparse type: a number of type `kind` from `low` to `high`, and not NaN."""
 
     def parse(text: str) -> float:
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} must be {low:g} to {high:g}" if high < math.inf else
+            raise argparse.ArgumentTypeError(f"{text} must be {low:g} to {high}" if high < math.inf else
                                              f"{text} must be {low:g} or more")
         return kind(text)
 
@@ -482,7 +487,7 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends with one line where a flag is wrong, and shows defaults in its help."""
+    """An ArgumentParser that reports a wrong flag in one line, and shows defaults in its help."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
@@ -503,8 +508,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--fresh", action="store_true", help="start over, even where there is a checkpoint")
     add("--accum_steps", type=number(1, kind=int), default=1, help="cut a batch into so many parts, to save memory")
     add("--seed", type=number(0, kind=int), default=0, help="of weights, order, crops and masks")
-    add("--workers", type=number(0, kind=int), help="processes that load images, for each process that trains; without "
-        "it, 1 on a CPU, and with GPUs the cores there are for each, at most 16")
+    add("--workers", type=number(0, kind=int), help="loading processes for each training process; without it, 1 on a "
+        "CPU, and with GPUs the number of cores per GPU, at most 16")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; auto: bf16 where "
         "the hardware has it, else fp16 on a GPU and off on a CPU")
@@ -514,7 +519,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None):
-    """Parse flags over the recipe that they name. Warm-up keeps its share of the run where only --epochs is given."""
+    """Parse flags, with the recipe's values as defaults. If only --epochs is given, warm-up keeps its share."""
     args = parser.parse_args(argv)                       # once, to learn the recipe
     recipe = args.recipe or ("imagenet" if args.data else "shapes")
     parser.set_defaults(recipe=recipe, **recipes[recipe])
@@ -541,7 +546,7 @@ def fail(message: str, code: int = 2, everywhere: bool = False):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End with one line for a ValueError or OSError: what this project's files raise where flags or data are wrong."""
+    """Report a ValueError or OSError in one line: these are raised when flags or data are wrong."""
     try:
         yield
     except OSError as error:
@@ -553,8 +558,8 @@ def one_line_errors():
 class Run:
     """Processes, device, precision, checkpoint, log and signals of a training run.
 
-    It never calls the loop's code: the loop calls it. All processes make the same calls in the same order, because many
-    of them wait for the others.
+    The loop calls a Run; a Run never calls the loop. All processes must make the same calls in the same
+    order, because many of the calls wait for the other processes.
     """
 
     cure = "A lower learning rate, a longer warm-up or --amp bf16 may help"
@@ -587,7 +592,7 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """The settings, but for those that leave the weights alone."""
+        """All settings but --fresh and --workers, as saved with the run."""
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(self.args).items()
                 if name not in ("fresh", "workers", "batch_given")}
 
@@ -610,9 +615,9 @@ class Run:
         )
 
     def resume(self, parts: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> int:
-        """Load the checkpoint, where there is one, into `parts`; returns the number of steps done.
+        """Load the checkpoint, if there is one, into `parts`; returns the number of steps done.
 
-        `fixed` names the settings that must be as they were. Others may change; each that did is printed.
+        The settings named in `fixed` must not have changed. A change of any other setting is printed.
         """
         path = os.path.join(self.args.out, "checkpoint.pt")
         if self.args.fresh or not os.path.exists(path):
@@ -637,12 +642,12 @@ class Run:
         try:
             for name, part in parts.items():
                 state = checkpoint.get(name)
-                if isinstance(part, torch.optim.Optimizer):  # the moments, but not the settings: those are this call's
+                if isinstance(part, torch.optim.Optimizer):  # load the moments, keep this call's settings
                     settings = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
                     part.load_state_dict(state)
                     for group, own in zip(part.param_groups, settings):
                         group |= own
-                elif state:  # a scaler's is empty unless that was fp16
+                elif state:  # the scaler's state is empty unless the run was in fp16
                     part.load_state_dict(state)
                 elif isinstance(part, nn.Module):  # an average that begins later begins as the model
                     part.load_state_dict(checkpoint["model"])
@@ -659,13 +664,14 @@ class Run:
         if self.world_size > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             store, rank, world_size = next(rendezvous("env://"))
-            # After `torchrun --max_restarts` brought a killed process back (on one machine: others count restarts for
-            # themselves), the store still has the addresses of the dead.
+            # After `torchrun --max_restarts` has restarted processes, the store still has the addresses of the
+            # dead ones, so each restart gets its own prefix. This works on one machine only: each machine
+            # counts its own restarts.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
     def begin(self, start: int, total_steps: int, what: str) -> None:
-        """Join the others, create the output folder, listen to signals. Only called when the flags are known to fit."""
+        """Join the other processes, create --out, catch signals. Call it after all flags were checked."""
         args = self.args
         self.join()
         if self.world_size > 1:  # processes that found different checkpoints would wait for one another for ever
@@ -688,7 +694,7 @@ class Run:
             signal.signal(number, self._remember)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it: distributed, compiled, or neither. Its parameters stay `model`'s own."""
+        """`model`, wrapped in DDP and torch.compile if asked for. The wrapper shares its parameters."""
         if self.world_size > 1:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
@@ -720,9 +726,9 @@ class Run:
         return x
 
     def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
-        """Name each file that can't be read, once; end the run if they are more than `most` of all images.
+        """Print each unreadable file's name once; end the run if more than `most` of all images are unreadable.
 
-        Returns how many there are.
+        Returns the number of unreadable files.
         """
         known = samples.broken.clone()
         if self.world_size > 1:
@@ -764,7 +770,7 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def stop_asked(self) -> bool:
-        """Whether any process has received a signal. The flag lives on the CPU, so that no GPU is waited for."""
+        """Whether any process has received a signal. The flag is on the CPU, so this waits for no GPU."""
         if self.world_size > 1:
             flag = torch.tensor(self.signal)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -785,7 +791,7 @@ class Run:
             fail(f"--out {self.args.out}: {error.strerror}")
 
     def save(self, content, name: str) -> None:
-        """Write a file below --out whole or not at all: beside it, flushed to disk, renamed.
+        """Write a file in --out completely or not at all: write NAME.tmp, flush it to disk, rename it.
 
         content: bytes, or whatever torch.save takes.
         """
@@ -814,21 +820,21 @@ class Run:
             self.save_picture(draw_curves(self.log), "curves.png")
 
     def save_checkpoint(self, parts: dict, step: int, steps_per_epoch: int) -> None:
-        """The last file to be written: whatever else belongs to a step is there when this says that it was done."""
-        state = {name: part.state_dict() for name, part in parts.items()}  # in all processes: a Meter's adds up theirs
+        """Save checkpoint.pt. Call it last: by then the other files of this step must be written."""
+        state = {name: part.state_dict() for name, part in parts.items()}  # in all processes, for Meter's sum
         self.save(state | dict(step=step, steps_per_epoch=steps_per_epoch, log=self.log, config=self.config),
                   "checkpoint.pt")
 
 
 def _init_worker(worker: int) -> None:
-    """A Ctrl-C reaches the loading workers too, but it is the training process that decides when they end."""
+    """Make a loading worker ignore Ctrl-C and SIGTERM: the training process decides when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 class Meter:
-    """Means of the losses of an epoch over all processes. They are added up on the device, which nothing waits for."""
+    """Means of an epoch's losses over all processes. The sums are on the device; adding does not wait for it."""
 
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
@@ -836,7 +842,7 @@ class Meter:
         self.seen = 0
 
     def add(self, *losses: Tensor) -> None:
-        """Add scalars on the device. Where one overflowed, which can happen in fp16, none counts."""
+        """Add scalars on the device. If one is not finite, as can happen in fp16, none is added."""
         row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()                # (names + 1,)
         self.sums += torch.where(row.isfinite().all(), row, 0)
 
@@ -862,7 +868,7 @@ class Meter:
 
     def load_state_dict(self, state: dict) -> None:
         self.seen = state["sums"][-1].item()
-        if self.run.is_main:  # once is enough: means add up the processes
+        if self.run.is_main:  # in one process only: `means` sums over all
             self.sums.copy_(state["sums"])
 
 
@@ -880,13 +886,14 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         code = end.code
         raise
     except Exception as error:
-        if "by peer" in str(error):  # its own message, or torchrun's, says why
-            fail("another process has ended, so this one can't go on", code=1)
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # stderr may be a closed pipe
+            if "by peer" in str(error):  # its own message, or torchrun's, says why
+                fail("another process has ended, so this one can't go on", code=1)
+            traceback.print_exc()
         raise SystemExit(code) from None
     finally:
-        # DistributedDataParallel's destructor holds Python's lock while it waits for a gloo thread that may want it
-        # (torch 2.13), and a peer that has failed may be waited for in vain. So processes leave without destructors.
+        # Distributed processes exit without destructors. DistributedDataParallel's holds Python's lock while it
+        # waits for a gloo thread that may need that lock (torch 2.13), and it may wait forever for a dead process.
         if dist.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()
