@@ -1933,7 +1933,7 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(tmp_path, mask, inject, wei
     torch.manual_seed(3)
     sizes = dict(**SIZES["nano"], decoder_dim=32, decoder_depth=1)
     model = BootMAE(32, 8, **sizes, inject=inject, weighted_loss=bool(weighted))
-    optimizer, shapes = plain_optimizer(model, lambda name: 1), data.Shapes(9, 32)
+    optimizer, shapes, losses = plain_optimizer(model, lambda name: 1), data.Shapes(9, 32), []
     for step, epoch, batch in plain_batches():
         images, masks = [], []
         for index, rng in batch:
@@ -1943,12 +1943,15 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(tmp_path, mask, inject, wei
             masks.append(block_mask(1, (4, 4), 11, generator) if mask == "block" else random_mask(1, 16, 11, generator))
         out = model(data.scale_pixels(torch.stack(images)), torch.cat(masks))
         loss = out.pixel_loss + min(1, (epoch + 1) / 1.5) * out.feature_loss
+        losses.append((out.pixel_loss.item(), out.feature_loss.item()))
         plain_step(optimizer, loss, plain_lr(step, 0.64 * 4 / 256))
         # 0 until 1/8 of training, then linear until 1/2: to 0.5, or instead of 0.8 to the most for 6 steps, 1 - 2.4 / 6
         rise = min(1, max(0, step / 6 - 1 / 8) / (3 / 8))
         plain_average(model.teacher, model.encoder, rise * min(momentum, 0.6))
     assert_same(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"], model.state_dict())
     assert_same(torch.load(tmp_path / "encoder.pt", weights_only=True), model.encoder.state_dict())
+    for line, first, second in zip(result(tmp_path)[1], losses[::2], losses[1::2], strict=True):
+        assert [line["pixel_loss"], line["feature_loss"]] == pytest.approx(np.mean([first, second], axis=0), rel=1e-6)
 
 
 @pytest.mark.parametrize("peak", ["--lr 0.01", "--lr 0 --base_lr 0.64"])
@@ -1973,7 +1976,7 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
         layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
         return 0.5 ** (5 - layer)
 
-    average, optimizer = copy.deepcopy(model), plain_optimizer(model, scale)
+    average, optimizer, losses = copy.deepcopy(model), plain_optimizer(model, scale), []
     for step, _, batch in plain_batches():
         views = []
         for index, rng in batch:
@@ -1985,10 +1988,13 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
         labels, rng = torch.tensor([index // 3 for index, _ in batch]), random.Random(f"3 mix {step} 0 0")
         images, targets = data.mixup_cutmix(images, labels, 3, 0.8, 1, 0.2, rng)
         loss = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
+        losses.append(loss.item())
         plain_step(optimizer, loss, plain_lr(step, 0.01))
         plain_average(average, model, 0.6)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert_same([checkpoint["model"], checkpoint["average"]], [model.state_dict(), average.state_dict()])
+    means = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2])]
+    assert [line["loss"] for line in checkpoint["log"]] == pytest.approx(means, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

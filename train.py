@@ -4,8 +4,8 @@
     python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
-The same command resumes an interrupted run. --batch_size is the number of images in one optimizer
-step, over all processes and accumulation steps, so a recipe means the same on any number of GPUs.
+The same command resumes an interrupted run. --batch_size counts the images of one optimizer step over all processes
+and accumulation steps, so a recipe means the same on any number of GPUs.
 """
 import argparse
 import contextlib
@@ -49,8 +49,7 @@ RECIPES = {
         model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512,
         base_lr=5e-4, min_lr=0.0,
     ),
-    # Short runs use random masks and raise lambda over the whole run: with few steps, large holes teach
-    # little and the teacher becomes useful late
+    # Short runs: large holes teach little, so masks are random, and the teacher is useful late, so lambda rises late
     "photos": dict(
         model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.7,
         crop_scale=(0.4, 1.0), epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0, feature_ramp=1.0,
@@ -128,8 +127,7 @@ def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Names
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
     """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`.
 
-    `peak` grows with the batch size and `end` does not. If a small batch puts `peak` below `end`, the
-    learning rate stays at `peak` after the warm-up.
+    If a small batch puts `peak` below `end`, which does not scale with it, the rate stays at `peak`.
     """
     if progress < warmup:
         return peak * progress / warmup
@@ -140,9 +138,8 @@ def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
 def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
     """Learning rate, weight of feature_loss (lambda) and teacher momentum of one step.
 
-    A teacher of momentum m averages over about the last 1 / (1 - m) steps. The three published momenta
-    average over 0.4 %, 4 % and 40 % of a run of 250,000 steps. In a shorter run each momentum is lowered
-    until it averages over the same share of the steps.
+    A teacher of momentum m averages over about 1 / (1 - m) steps: as published, 0.4 %, 4 % and 40 % of a run of
+    250,000. In a shorter run each momentum is lowered until it averages over that share of the steps.
     """
     progress = step / total_steps
     lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
