@@ -1287,19 +1287,23 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(unbroken, tmp_path):
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=str)
 def test_a_signal_saves_and_ends_all_processes(unbroken, tmp_path, number, processes):
-    process = launch(*TRAIN, "--out", tmp_path, processes=processes, start_new_session=True)
-    wait_for(tmp_path / "checkpoint.pt", process)
+    command = [*TRAIN, "--out", tmp_path / "stopped"]
+    if processes > 1:  # torchrun may take a second to pass the signal on: a longer run
+        command += ["--epochs", 30]
+        call(train, *TRAIN[1:], "--epochs", 30, "--out", tmp_path / "unbroken")
+    process = launch(*command, processes=processes, start_new_session=True)
+    wait_for(tmp_path / "stopped" / "checkpoint.pt", process)
     os.killpg(process.pid, number) if processes == 1 else process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert f"stopped by {number.name}" in err
     assert process.returncode == 128 + number if processes == 1 else process.returncode != 0
-    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert 6 <= step < 18
-    finish(launch(*TRAIN, "--out", tmp_path, processes=processes))
+    step = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)["step"]
+    assert 6 <= step < (18 if processes == 1 else 180)
+    finish(launch(*command, processes=processes))
     if processes == 1:
-        assert_same(result(tmp_path), result(unbroken))
+        assert_same(result(tmp_path / "stopped"), result(unbroken))
     else:
-        assert_same(result(tmp_path)[1], result(unbroken)[1], rtol=1e-5, atol=1e-6)
+        assert_same(result(tmp_path / "stopped")[1], result(tmp_path / "unbroken")[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture
