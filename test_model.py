@@ -2234,3 +2234,23 @@ def test_neighbours_of_a_random_network_see_no_drop_path(tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()[-1]
     call(finetune, *flags, "--drop_path", 0)
     assert capsys.readouterr().out.splitlines()[-1] == first
+
+
+def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
+    """Processes only act on what all of them have seen, so this one counts at the next step."""
+    run = train.Run(train.parse_args([]))
+    run.world_size = 2
+    signals = [signal.SIGTERM, 0]
+    monkeypatch.setattr(run, "signal", 0)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda flag, op: setattr(run, "signal", signals.pop(0) or run.signal))
+    assert not run.stop_asked() and run.stop_asked() and run.signal == signal.SIGTERM
+
+
+def test_a_resumed_run_takes_back_lines_that_its_checkpoint_does_not_know(finished, monkeypatch):
+    """A kill between log.jsonl and checkpoint.pt leaves such a line; here a stop follows before the epoch's end."""
+    before = (finished / "log.jsonl").read_text()
+    (finished / "log.jsonl").write_text(before + '{"epoch": 4}\n')
+    stop_at(monkeypatch, 0)
+    with pytest.raises(SystemExit):
+        call(train, *TRAIN[1:], "--out", finished, "--epochs", 4)
+    assert (finished / "log.jsonl").read_text() == before

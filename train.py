@@ -768,11 +768,12 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether any process has received a signal. The flag is on the CPU, so this waits for no GPU."""
-        if self.world_size > 1:
-            flag = torch.tensor(self.signal)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
-        return self.signal > 0
+        if self.world_size == 1:
+            return self.signal > 0
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.signal = self.signal or int(flag)  # never back to 0: one may have arrived during the all-reduce
+        return int(flag) > 0
 
     def stop(self, step: int):
         fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; {self.args.out}/checkpoint.pt holds "
