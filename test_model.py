@@ -2254,3 +2254,36 @@ def test_a_resumed_run_takes_back_lines_that_its_checkpoint_does_not_know(finish
     with pytest.raises(SystemExit):
         call(train, *TRAIN[1:], "--out", finished, "--epochs", 4)
     assert (finished / "log.jsonl").read_text() == before
+
+
+def test_losses_that_are_never_finite_end_the_run_at_the_next_look():
+    run = train.Run(train.parse_args([]))
+    meter = train.Meter(run, "loss")
+    meter.add(torch.tensor(2.0))
+    meter.add(torch.tensor(math.nan))
+    assert meter.look() == {"loss": 2.0}
+    meter.add(torch.tensor(math.inf))
+    with pytest.raises(SystemExit) as ended:
+        meter.look()
+    assert ended.value.code == 1
+
+
+def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
+    """The average is worse in the first epoch and better in the second; the third is worse than both."""
+    run = train.Run(finetune.parse_args(["--scratch", *TUNE, "--out", str(tmp_path)]))
+    model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    scores = iter([(50, 40), (45, 60), (55, 59)])
+    monkeypatch.setattr(finetune, "evaluate", lambda *_: [dict(top1=t, top5=90) for t in next(scores)])
+    monkeypatch.setattr(finetune, "draw_predictions", lambda *_: Image.new("RGB", (1, 1)))
+    for expected in model, average, average:
+        with torch.no_grad():
+            best = {key: value.clone() for key, value in expected.state_dict().items()}
+        if len(run.log) == 2:  # were it saved again, it would be with other weights
+            average.weight.data += 1
+        run.log.append(finetune.evaluate_and_keep_the_best(model, average, None, run))
+        assert_same(torch.load(tmp_path / "best.pt", weights_only=True), best)
+
+
+def test_official_files_of_deepspeed():
+    theirs = official_checkpoint()
+    assert_same(from_official({"module": theirs}), from_official({"model": theirs}))
