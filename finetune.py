@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
@@ -198,10 +199,11 @@ def main(args: argparse.Namespace) -> None:
         model = build_model(run, num_classes)
         if args.mode in ("finetune", "linear"):
             fit_batch(len(train), run)
+    val = eval_samples(val, args)
     if args.mode == "eval":
         return run.print(json.dumps(evaluate([model.to(run.device)], val, run)[0]))
     if args.mode == "knn":
-        return run.print(json.dumps(classify_by_neighbours(model.to(run.device), train, val, run)))
+        return run.print(json.dumps(classify_by_neighbours(model.to(run.device), eval_samples(train, args), val, run)))
 
     samples = data.Samples(train, functools.partial(train_view, args=args), args.seed)
     steps_per_epoch = len(train) // args.batch_size
@@ -290,7 +292,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def evaluate(models: list[nn.Module], source, run: Run) -> list[dict[str, float]]:
+def evaluate(models: list[nn.Module], samples: data.Samples, run: Run) -> list[dict[str, float]]:
     """For each model: the number of readable images, and top1 and top5 over them in per cent.
 
     All models share one pass over the images, because loading may take longest.
@@ -298,7 +300,7 @@ def evaluate(models: list[nn.Module], source, run: Run) -> list[dict[str, float]
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=run.device)
     for model in models:
         model.eval()
-    for images, labels in eval_batches(source, run):
+    for images, labels in eval_batches(samples, run):
         images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
         for model, count in zip(models, counts):
             with run.autocast():
@@ -309,25 +311,28 @@ def evaluate(models: list[nn.Module], source, run: Run) -> list[dict[str, float]
     return [accuracy(count, run) for count in counts]
 
 
-def eval_batches(source, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+EVAL_BATCH = 128
+
+
+def eval_samples(source, args: argparse.Namespace) -> data.Samples:
+    """The images of a source as evaluation sees them: the middle, and label -1 for an image that can't be read."""
+    return data.Samples(source, functools.partial(eval_view, args=args), replace=False)
+
+
+def eval_batches(samples: data.Samples, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of this process's share: images uint8 (b, 3, H, W), labels (b,). Unreadable images are left out.
 
     Each process takes every world_size-th image. Nothing is padded, so each image counts once. At the end
-    the names of unreadable images are printed.
+    the names of unreadable images are printed, if they were not before.
     """
     run.join()
-    args = run.args
-    samples = data.Samples(source, functools.partial(eval_view, args=args), args.seed, replace=False)
-    mine = range(run.rank, len(source), run.world_size)
+    mine = range(run.rank, len(samples), run.world_size)
     batches = [list(mine[i : i + EVAL_BATCH]) for i in range(0, len(mine), EVAL_BATCH)]
     bar = tqdm(run.loader(samples, batches), leave=False, disable=None if run.is_main else True)
     for images, labels in bar:
         yield images[labels >= 0], labels[labels >= 0]
-    if run.report_broken(samples, most=1.0) == len(source):
-        fail(f"no image could be read of {len(source)}, for example {source.name(0)!r}", code=1)
-
-
-EVAL_BATCH = 128
+    if run.report_broken(samples, most=1.0) == len(samples):
+        fail(f"no image could be read of {len(samples)}, for example {samples.source.name(0)!r}", code=1)
 
 
 def to_device(images: Tensor, run: Run) -> Tensor:
@@ -350,7 +355,9 @@ def best_top1(log: list[dict]) -> float:
     return max((max(line["top1"], line.get("top1_ema", 0)) for line in log if "top1" in line), default=-1.0)
 
 
-def evaluate_and_keep_the_best(model: nn.Module, average: nn.Module | None, val, run: Run) -> dict[str, float]:
+def evaluate_and_keep_the_best(
+    model: nn.Module, average: nn.Module | None, val: data.Samples, run: Run
+) -> dict[str, float]:
     """Evaluate the model and its average; save the better of the two as best.pt if it is better than any before."""
     average_statistics(model, run)
     values, *of_average = evaluate([model] if average is None else [model, average], val, run)
@@ -426,19 +433,19 @@ def average_statistics(model: nn.Module, run: Run) -> None:
             module.running_var = run.all_reduce_sum(module.running_var) / run.world_size
 
 
-def classify_by_neighbours(model: Features, train, val, run: Run) -> dict[str, float]:
+def classify_by_neighbours(model: Features, train: data.Samples, val: data.Samples, run: Run) -> dict[str, float]:
     """Images, top1 and top5 in per cent of k-NN, each process classifying its share of the validation images."""
     known, asked = gather(extract(model, train, run), run), extract(model, val, run)
-    counts = knn(*known, *asked, len(train.classes), run.args.neighbours, run.device)
+    counts = knn(*known, *asked, len(train.source.classes), run.args.neighbours, run.device)
     return accuracy(counts, run)
 
 
 @torch.no_grad()
-def extract(model: Features, source, run: Run) -> tuple[Tensor, Tensor]:
+def extract(model: Features, samples: data.Samples, run: Run) -> tuple[Tensor, Tensor]:
     """Features (n, D) and labels (n,), on the CPU, of this process's share of the images that can be read."""
     model.eval()  # no drop path
     features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
-    for images, batch_labels in eval_batches(source, run):
+    for images, batch_labels in eval_batches(samples, run):
         with run.autocast():
             features.append(model(to_device(images, run)).cpu())
         labels.append(batch_labels)
@@ -489,7 +496,7 @@ def predict(run: Run) -> None:
         model = build_model(run, classes and len(classes)).to(run.device)
     classes = classes or [str(number) for number in range(model.head.out_features)]
     rows = []
-    for images, indices in eval_batches(source, run):
+    for images, indices in eval_batches(eval_samples(source, args), run):
         best = chances(model, images, run).topk(min(3, len(classes)), dim=1)              # (b, 3) twice
         for index, values, numbers in zip(indices.tolist(), best.values.tolist(), best.indices.tolist()):
             rows.append((index, [(classes[number], value) for number, value in zip(numbers, values)]))
@@ -503,8 +510,8 @@ def predict(run: Run) -> None:
     writer = csv.writer(table)
     writer.writerow("file class probability second probability_2 third probability_3".split()[: 1 + 2 * len(classes)])
     for index, best in sorted(rows):
-        name = os.path.relpath(source.name(index), args.predict)
-        writer.writerow([name, *(cell for name, value in best for cell in (name, f"{value:.4f}"))])
+        file = os.path.relpath(source.name(index), args.predict)
+        writer.writerow([file, *(cell for name, value in best for cell in (name, f"{value:.4f}"))])
     run.save(table.getvalue().encode(errors="surrogateescape"), "predictions.csv")
     some = sorted(random.Random(0).sample(rows, min(32, len(rows))))
     tiles = [(eval_view(source.open(index), None, args)[0],
@@ -520,19 +527,18 @@ def chances(model: nn.Module, images: Tensor, run: Run) -> Tensor:
         return model.eval()(to_device(images, run)).float().softmax(dim=1)
 
 
-def draw_predictions(model: nn.Module, source, run: Run) -> Image.Image:
+def draw_predictions(model: nn.Module, samples: data.Samples, run: Run) -> Image.Image:
     """32 validation images over all classes with what the model says: green where right, red where wrong."""
-    samples = data.Samples(source, functools.partial(eval_view, args=run.args), replace=False)
-    order = random.Random(0).sample(range(len(source)), len(source))
+    order, classes = random.Random(0).sample(range(len(samples)), len(samples)), samples.source.classes
     readable = (sample for sample in map(samples.__getitem__, order) if sample[1] >= 0)
     images, labels = zip(*itertools.islice(readable, 32))
     values, answers = (x.tolist() for x in chances(model, torch.stack(images), run).max(dim=1))
     model.train()
     tiles = []
     for image, label, value, answer in zip(images, labels, values, answers):
-        lines = [percentage(source.classes[answer], value)]
+        lines = [percentage(classes[answer], value)]
         if answer != label:
-            lines.append(f"is {source.classes[label]}")
+            lines.append(f"is {classes[label]}")
         tiles.append((image, lines, "green" if answer == label else "red"))
     return contact_sheet(tiles)
 
@@ -543,7 +549,10 @@ def percentage(name: str, value: float) -> str:
 
 
 def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
-    """A picture of tiles, eight a row: image uint8 (3, H, W), up to two lines of text, colour of frame and line 1."""
+    """A picture of tiles, eight a row: image uint8 (3, H, W), up to two lines of text, colour of frame and line 1.
+
+    The text loses its accents, which Pillow's font lacks.
+    """
     side, width, height = 136, 152, 188
     picture = Image.new("RGB", (8 * width, math.ceil(len(tiles) / 8) * height), "white")
     draw = ImageDraw.Draw(picture)
@@ -553,6 +562,7 @@ def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.paste(pixels.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for row, line in enumerate(lines):
+            line = "".join(c for c in unicodedata.normalize("NFKD", line) if not unicodedata.combining(c))
             draw.text((x, y + side + 5 + 17 * row), line[:20], fill="black" if row else colour, font_size=14)
     return picture
 

@@ -1722,12 +1722,21 @@ def test_evaluate_counts(capsys):
             return self.sign * logits[((images[:, 0, 0, 0] + 1) * 127.5).round().long()]
 
     run = train.Run(finetune.parse_args(["--scratch", *TUNE, "--img_size", "8"]))
-    assert finetune.evaluate([Table(1), Table(-1)], Levels(), run) == [
+    samples = finetune.eval_samples(Levels(), run.args)
+    assert finetune.evaluate([Table(1), Table(-1)], samples, run) == [
         dict(images=20, top1=5 * places.count(0), top5=5 * sum(p < 5 for p in places)),
         dict(images=20, top1=5 * places.count(8), top5=5 * sum(p > 3 for p in places)),
     ]
     warnings = capsys.readouterr().err
     assert warnings.count("can't read") == 3 and "'level 12'" in warnings
+    assert finetune.evaluate([Table(1)], samples, run)[0]["images"] == 20 and not capsys.readouterr().err  # named once
+
+
+def test_a_contact_sheet_writes_letters_without_their_accents():
+    """Pillow's own font has none, and would draw boxes."""
+    pictures = [finetune.contact_sheet([(torch.zeros(3, 8, 8, dtype=torch.uint8), [name], "black")])
+                for name in ("Müller é", "Mu\u0308ller e\u0301", "Muller e")]
+    assert pictures[0] == pictures[1] == pictures[2]
 
 
 def test_linear_probe_runs_and_resumes(unbroken, tmp_path, capsys):
@@ -2161,6 +2170,7 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
         call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
     assert len(steps) == 6
 
+
 def test_a_folder_that_grew_is_refused_on_resume(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     for index in range(9):
@@ -2183,7 +2193,8 @@ def test_prediction_needs_a_readable_image(tmp_path, capsys):
 def test_help_names_flags_and_defaults(capsys, module):
     with pytest.raises(SystemExit) as ended:
         module.parse_args(["--help"])
-    assert ended.value.code == 0 and "--accum_steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and re.search(r"--seed SEED\s.*\(default: 0\)", said) and "(default: False)" not in said
 
 
 def test_validation_without_a_readable_image_is_named(unbroken, tmp_path, capsys):

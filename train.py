@@ -100,6 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.init = args.init and os.path.abspath(args.init)
     return args
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A sample: one view of an image, and the mask that hides most of it
 
@@ -488,11 +489,13 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
-            silent = (None, False, argparse.SUPPRESS)
-            return action.help + ("" if action.default in silent else " (default: %(default)s)")
+            silent = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+            return action.help + ("" if silent else " (default: %(default)s)")
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=Parser.Formatter, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=Parser.Formatter, allow_abbrev=False,
+            epilog="Defaults are those of --recipe imagenet; RECIPES, at the top of the script, has the others.")
 
     def error(self, message: str):
         fail(message.removeprefix("argument "))
@@ -837,7 +840,7 @@ class Meter:
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
         self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # and how many were finite
-        self.seen = 0
+        self.count = 0  # of finite losses, at the last reading
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one is not finite, as can happen in fp16, none is added."""
@@ -845,27 +848,26 @@ class Meter:
         self.sums += torch.where(row.isfinite().all(), row, 0)
 
     def means(self) -> dict[str, float]:
-        *sums, count = self.run.all_reduce_sum(self.sums).tolist()
-        return {name: value / count if count else math.nan for name, value in zip(self.names, sums)}
+        *sums, self.count = self.run.all_reduce_sum(self.sums).tolist()
+        return {name: value / self.count if self.count else math.nan for name, value in zip(self.names, sums)}
 
     def look(self) -> dict[str, float]:
         """The means; ends the run if no loss was finite since the last look."""
-        count = self.run.all_reduce_sum(self.sums)[-1].item()
-        if count == self.seen:
+        before, means = self.count, self.means()
+        if self.count == before:
             fail(f"no loss was finite in the last --log_every {self.run.args.log_every} steps; nothing was saved over "
                  f"{self.run.args.out}/checkpoint.pt. {self.run.cure}", code=1)
-        self.seen = count
-        return self.means()
+        return means
 
     def reset(self) -> None:
         self.sums.zero_()
-        self.seen = 0
+        self.count = 0
 
     def state_dict(self) -> dict:
         return {"sums": self.run.all_reduce_sum(self.sums).cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seen = state["sums"][-1].item()
+        self.count = state["sums"][-1].item()
         if self.run.is_main:  # in one process only: `means` sums over all
             self.sums.copy_(state["sums"])
 
