@@ -4,15 +4,14 @@
     python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
-The same command resumes an interrupted run. --batch_size counts the images of one optimizer step over all processes
-and accumulation steps, so a recipe means the same on any number of GPUs.
+The same command resumes an interrupted run. --batch_size counts the images of one optimizer step
+over all processes and accumulation steps, so a recipe means the same on any number of GPUs.
 """
 import argparse
 import contextlib
 import copy
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,61 +37,64 @@ import data
 from masking import block_mask, random_mask
 from model import SIZES, BootMAE, load_matching, patchify, read_file, read_weights, sizes_of, unpatchify
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag beats the recipe, and the recipe beats the defaults, which are those of ViT-B on ImageNet
+# --------------------------------------------------------------------------------------------------
+# Settings: a flag beats the recipe, and the recipe beats the defaults, for ViT-B on ImageNet
 
 RECIPES = {
     "imagenet": dict(),
     "imagenet_large": dict(model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
-    "cifar10": dict(
-        model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512,
-        base_lr=5e-4, min_lr=0.0,
-    ),
-    # Short runs: large holes teach little, so masks are random, and the teacher is useful late, so lambda rises late
-    "photos": dict(
-        model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.7,
-        crop_scale=(0.4, 1.0), epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0, feature_ramp=1.0,
-    ),
-    "shapes": dict(
-        model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1, mask="random", mask_ratio=0.6,
-        crop_scale=(0.6, 1.0), epochs=15, warmup_epochs=1, batch_size=16, base_lr=16e-3, min_lr=0.0, feature_ramp=1.0,
-    ),
+    "cifar10": dict(model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300,
+                    warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0),
+    # In a short run, large holes teach little, and the teacher is useful late, so lambda rises late
+    "photos": dict(model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1,
+                   mask="random", mask_ratio=0.7, crop_scale=(0.4, 1.0), feature_ramp=1.0,
+                   epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0),
+    "shapes": dict(model="nano", img_size=64, patch_size=8, decoder_dim=64, decoder_depth=1,
+                   mask="random", mask_ratio=0.6, crop_scale=(0.6, 1.0), feature_ramp=1.0,
+                   epochs=15, warmup_epochs=1, batch_size=16, base_lr=16e-3, min_lr=0.0),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
+    whole, count, amount, share = number(0, kind=int), number(1, kind=int), number(0), number(0, 1)
+    switch = dict(type=int, choices=(0, 1), default=1)
     add("--data", help="folder of images, nested or flat; without it, built-in images")
     add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
     add("--init", help="start from the encoder in this file, of any kind that finetune.py takes")
-    add("--num_images", type=number(0, kind=int), default=0, help="use so many; 0: all (built-in ones: 2,400)")
+    add("--num_images", type=whole, default=0, help="use so many; 0: all (built-in ones: 2,400)")
     add("--model", choices=SIZES, default="base", help="size of the encoder")
-    add("--img_size", type=number(1, kind=int), default=224, help="side of the square input")
-    add("--patch_size", type=number(1, kind=int), default=16, help="side of a patch")
+    add("--img_size", type=count, default=224, help="side of the square input")
+    add("--patch_size", type=count, default=16, help="side of a patch")
     add("--decoder_dim", type=number(4, kind=int), default=512, help="width of the pixel regressor")
     add("--decoder_depth", type=number(1, 100, int), default=2, help="blocks in each decoder")
-    add("--inject", type=int, nargs=2, default=(1, -1), help="encoder blocks injected into regressor and predictor: "
-        "-1 is the last, 0 is none")
-    add("--feature_target", type=int, choices=(0, 1), default=1, help="0: no teacher and no feature predictor")
-    add("--weighted_loss", type=int, choices=(0, 1), default=1, help="0: masked patches all weigh the same")
+    add("--inject", type=int, nargs=2, default=(1, -1),
+        help="encoder blocks injected into regressor and predictor: -1 is the last, 0 is none")
+    add("--feature_target", **switch, help="0: no teacher and no feature predictor")
+    add("--weighted_loss", **switch, help="0: masked patches all weigh the same")
     add("--mask", choices=("block", "random"), default="block", help="kind of masks")
-    add("--mask_ratio", type=number(0, 1), default=0.75, help="fraction of the patches that is masked")
-    add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.2, 1.0), help="area of a random crop")
-    add("--epochs", type=number(1, kind=int), default=800, help="length of the run")
-    add("--warmup_epochs", type=number(0), default=40, help="linear warm-up from 0; its share of the run is kept "
-        "where --epochs changes")
-    add("--batch_size", type=number(1, kind=int), default=4096, help="images a step, over processes and --accum_steps")
-    add("--base_lr", type=number(0), default=1.5e-4, help="learning rate for 256 images; scales with --batch_size")
-    add("--min_lr", type=number(0), default=1e-4, help="learning rate at the end, or the peak if that is lower")
-    add("--weight_decay", type=number(0), default=0.05, help="not on biases, norms and CLS token")
+    add("--mask_ratio", type=share, default=0.75, help="fraction of the patches that is masked")
+    add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.2, 1.0),
+        help="area of a random crop")
+    add("--epochs", type=count, default=800, help="length of the run")
+    add("--warmup_epochs", type=amount, default=40,
+        help="linear warm-up from 0; its share of the run is kept where --epochs changes")
+    add("--batch_size", type=count, default=4096,
+        help="images a step, over processes and --accum_steps")
+    add("--base_lr", type=amount, default=1.5e-4,
+        help="learning rate for 256 images; scales with --batch_size")
+    add("--min_lr", type=amount, default=1e-4,
+        help="learning rate at the end, or the peak if that is lower")
+    add("--weight_decay", type=amount, default=0.05, help="not on biases, norms and CLS token")
     add("--betas", type=number(0, 0.9999999), nargs=2, default=(0.9, 0.95), help="of AdamW")
-    add("--feature_ramp", type=number(0, 1), default=0.25, help="fraction of training over which the weight of "
-        "feature_loss rises to 1")
-    add("--momentum", type=number(0, 1), nargs=3, default=(0.999, 0.9999, 0.99999), help="of the teacher at the "
-        "start, at 1/8 and from 1/2 of training")
-    add("--picture_every", type=number(1, kind=int), default=5, help="epochs between pictures")
-    add("--benchmark", action="store_true", help="time steps and loading, print a table, train nothing")
+    add("--feature_ramp", type=share, default=0.25,
+        help="fraction of training over which the weight of feature_loss rises to 1")
+    add("--momentum", type=share, nargs=3, default=(0.999, 0.9999, 0.99999),
+        help="of the teacher at the start, at 1/8 and from 1/2 of training")
+    add("--picture_every", type=count, default=5, help="epochs between pictures")
+    add("--benchmark", action="store_true",
+        help="time steps and loading, print a table, train nothing")
     add_run_flags(parser)
     args = parse_recipe(parser, RECIPES, argv)
     args.out = args.out or os.path.join("output", args.recipe)
@@ -101,11 +102,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A sample: one view of an image, and the mask that hides most of it
 
 
-def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespace, grid: tuple[int, int]) -> Tensor:
+def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespace,
+                  grid: tuple[int, int]) -> Tensor:
     """Masks of the kind and ratio that the flags ask for: bool (batch, N)."""
     num_patches = math.prod(grid)
     num_masked = round(args.mask_ratio * num_patches)
@@ -114,60 +116,52 @@ def pretrain_mask(batch: int, generator: torch.Generator, args: argparse.Namespa
     return random_mask(batch, num_patches, num_masked, generator)
 
 
-def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace, grid: tuple[int, int]) -> tuple:
-    """A random crop of an image, perhaps mirrored, uint8 (3, H, W), and a mask for it, bool (N,)."""
+def pretrain_sample(image: Image.Image, rng: random.Random, args: argparse.Namespace,
+                    grid: tuple[int, int]) -> tuple:
+    """A random crop of an image, perhaps mirrored, uint8 (3, H, W), and its mask, bool (N,)."""
     image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     return data.to_tensor(image), pretrain_mask(1, generator, args, grid)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules
 
 
-def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
-    """Learning rate at `progress` (0 .. 1 of training): linear from 0 to `peak` at `warmup`, then cosine to `end`.
-
-    If a small batch puts `peak` below `end`, which does not scale with it, the rate stays at `peak`.
-    """
-    if progress < warmup:
-        return peak * progress / warmup
-    end = min(end, peak)
-    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
-def schedules(step: int, total_steps: int, epoch: int, args: argparse.Namespace) -> tuple[float, float, float]:
+def schedules(step: int, total_steps: int, epoch: int,
+              args: argparse.Namespace) -> tuple[float, float, float]:
     """Learning rate, weight of feature_loss (lambda) and teacher momentum of one step.
 
-    A teacher of momentum m averages over about 1 / (1 - m) steps: as published, 0.4 %, 4 % and 40 % of a run of
-    250,000. In a shorter run each momentum is lowered until it averages over that share of the steps.
+    A teacher of momentum m averages over about 1 / (1 - m) steps: as published, 0.4 %, 4 % and 40 %
+    of a run of 250,000. In a shorter run each momentum is lowered until it averages over its share.
     """
-    progress = step / total_steps
-    lr = cosine_lr(progress, args.warmup_epochs / args.epochs, args.base_lr * args.batch_size / 256, args.min_lr)
-    feature_weight = min(1.0, (epoch + 1) / (args.feature_ramp * args.epochs)) if args.feature_ramp else 1.0
+    progress, peak = step / total_steps, args.base_lr * args.batch_size / 256
+    lr = cosine_lr(progress, args.warmup_epochs / args.epochs, peak, args.min_lr)
+    feature_weight = min(1.0, (epoch + 1) / max(1e-9, args.feature_ramp * args.epochs))
     spans = [max(1.0, share * total_steps) for share in (1 / 240, 1 / 24, 1 / 2.4)]
     momenta = [min(m, 1 - 1 / span) for m, span in zip(args.momentum, spans)]
-    momentum = float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
-    return lr, feature_weight, momentum
+    return lr, feature_weight, float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pretraining
 
 
 def main(args: argparse.Namespace) -> None:
     run = Run(args)
+    device = run.device
     with one_line_errors():  # wrong flags or data end the run here, before anything is written
         run.split_batch()
         source = open_images(args)
-        model = build_model(args, run.print)
-    samples = data.Samples(source, functools.partial(pretrain_sample, args=args, grid=model.grid), args.seed)
+        model = build_model(args, run.print).to(device)
+    view = functools.partial(pretrain_sample, args=args, grid=model.grid)
+    samples = data.Samples(source, view, args.seed)
     steps_per_epoch = len(source) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
 
-    model.to(run.device)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=args.betas, fused=True)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
+    groups = decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=args.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype is torch.float16)
     if args.benchmark:
         return benchmark(model, optimizer, scaler, samples, run)
 
@@ -176,9 +170,10 @@ def main(args: argparse.Namespace) -> None:
     start = run.resume(parts, FIXED, steps_per_epoch)
     run.begin(start, total_steps, f"{args.recipe}: {len(source)} images")
     network = run.wrap(model)
-    batches = iter(run.loader(samples, data.Batches(
-        len(source), args.batch_size, args.epochs, args.seed, start, args.accum_steps, run.rank, run.world_size)))
-    gallery = [samples[index] for index in random.Random(0).sample(range(len(source)), min(8, len(source)))]
+    order = data.Batches(len(source), args.batch_size, args.epochs, args.seed, start,
+                         args.accum_steps, run.rank, run.world_size)
+    batches = iter(run.loader(samples, order))
+    gallery = [samples[i] for i in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
     def save(step: int) -> None:
         run.check_weights(model, step)
@@ -192,13 +187,13 @@ def main(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # Forward and backward, in parts that fit into memory
+        # Forward and backward, in parts that fit into memory; DDP averages gradients in the last
         for part in range(args.accum_steps):
-            images, mask, _ = next(batches)                                       # uint8 (b, 3, H, W), bool (b, N)
-            images = data.scale_pixels(images.to(run.device, non_blocking=True))  # float (b, 3, H, W)
-            network.require_backward_grad_sync = part == args.accum_steps - 1     # DDP averages gradients once a step
+            images, mask, _ = next(batches)                                   # uint8 (b, 3, H, W)
+            images = data.scale_pixels(images.to(device, non_blocking=True))  # float (b, 3, H, W)
+            network.require_backward_grad_sync = part == args.accum_steps - 1
             with run.autocast():
-                out = network(images, mask)  # the mask is on the CPU: checking it there waits for no GPU
+                out = network(images, mask)  # bool (b, N), on the CPU: checking it waits for no GPU
                 loss = out.pixel_loss + feature_weight * out.feature_loss
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(out.pixel_loss, out.feature_loss)
@@ -232,50 +227,50 @@ def main(args: argparse.Namespace) -> None:
         if run.stop_asked():
             save(done)
             run.stop(done)
-    run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures")
+    files = "encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures"
+    run.print(f"done: {args.out} holds {files}")
 
 
 # Settings that a resumed run must not change
-FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim", "decoder_depth", "mask",
-         "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
+FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim",
+         "decoder_depth", "mask", "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
 
 
 def open_images(args: argparse.Namespace):
-    """The images to train on, as a source of `data.Samples`. Raises ValueError if there are fewer than a batch."""
-    source = data.ImageFolder(args.data) if args.data else data.Shapes(args.num_images or 2400, args.img_size)
+    """The images to train on, a source of `data.Samples`. ValueError if they don't fill a batch."""
+    built_in = args.num_images or 2400
+    source = data.ImageFolder(args.data) if args.data else data.Shapes(built_in, args.img_size)
     if 0 < args.num_images < len(source):
-        source = data.Subset(source, random.Random(args.seed).sample(range(len(source)), args.num_images))
+        chosen = random.Random(args.seed).sample(range(len(source)), args.num_images)
+        source = data.Subset(source, chosen)
     if len(source) < args.batch_size and not args.benchmark:
-        raise ValueError(f"--batch_size {args.batch_size} is more than the {len(source)} images there are: give a "
-                         "smaller one, or --recipe photos, which suits a folder of a few thousand")
+        raise ValueError(
+            f"--batch_size {args.batch_size} is more than the {len(source)} images there are: give "
+            "a smaller one, or --recipe photos, which suits a folder of a few thousand")
     return source
 
 
 def build_model(args: argparse.Namespace, report: Callable[[str], None]) -> BootMAE:
-    """The model that the flags ask for, with the same weights in every process. Raises ValueError if sizes misfit.
-
-    report: called with a line on what was loaded from --init.
-    """
+    """The model that the flags ask for, the same in every process. ValueError if sizes misfit."""
     torch.manual_seed(args.seed)
     model = BootMAE(
-        args.img_size, args.patch_size, **SIZES[args.model], decoder_dim=args.decoder_dim,
-        decoder_depth=args.decoder_depth, inject=args.inject, feature_target=bool(args.feature_target),
-        weighted_loss=bool(args.weighted_loss),
-    )
+        args.img_size, args.patch_size, **SIZES[args.model],
+        decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth, inject=args.inject,
+        feature_target=bool(args.feature_target), weighted_loss=bool(args.weighted_loss))
     if args.init:
         state = read_weights(args.init)
         sizes = sizes_of(state, args.init)
-        for name, found in dict(SIZES[args.model], patch_size=args.patch_size).items():
-            if sizes[name] != found:
-                raise ValueError(f"--init {args.init} has {name} {sizes[name]}, and the flags ask for {found}: choose "
-                                 "--model and --patch_size to match")
+        for name, wanted in dict(SIZES[args.model], patch_size=args.patch_size).items():
+            if sizes[name] != wanted:
+                raise ValueError(f"--init {args.init} has {name} {sizes[name]}, and the flags ask "
+                                 f"for {wanted}: choose --model and --patch_size to match")
         report(load_matching(model.encoder, state, args.init))
         if model.teacher is not None:
             model.teacher.load_state_dict(model.encoder.state_dict())
     num_patches = math.prod(model.grid)
     if not 0 < round(args.mask_ratio * num_patches) < num_patches:
-        raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one must be masked "
-                         "and one visible")
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one "
+                         "must be masked and one visible")
     return model
 
 
@@ -288,102 +283,110 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The picture
 
 
 @torch.no_grad()
-def draw_reconstructions(model: BootMAE, gallery: list[tuple], run: "Run") -> tuple[Image.Image, dict[str, float]]:
+def draw_reconstructions(model: BootMAE, gallery: list[tuple],
+                         run: "Run") -> tuple[Image.Image, dict[str, float]]:
     """A picture of the model's predictions for some samples of `pretrain_sample`, and their PSNR.
 
-    Columns: original, masked, no prediction, prediction, teacher features as colours. The target leaves out
-    a patch's mean and contrast, so the picture uses the true ones. "no prediction" shows the true mean alone,
-    as a model that predicts zeros would. psnr and psnr_nothing compare the masked patches of "prediction" and
-    "no prediction" with the original. The colours are three principal components of the teacher's features,
-    after their mean over the images is subtracted at each place.
+    The target leaves out a patch's mean and contrast, so "prediction" has the true ones. "no
+    prediction" shows the true mean alone, as a model that predicts zeros would. psnr and
+    psnr_nothing compare the masked patches of the two with the original. "teacher features" are
+    three principal components, after the mean over the images is subtracted at each place.
     """
-    images = data.scale_pixels(torch.stack([sample[0] for sample in gallery])).to(run.device)    # (B, 3, H, W)
+    images, masks, _ = torch.utils.data.default_collate(gallery)
+    images = data.scale_pixels(images).to(run.device)                          # (B, 3, H, W)
     model.eval()
-    out = model(images, torch.stack([sample[1] for sample in gallery]))
+    out = model(images, masks)
     model.train()
-    p, grid, masked = model.patch_size, model.grid, out.masked[:, :, None]                       # (B, M, 1)
-    patches = patchify(images, p)                                                                # (B, N, 3*p*p)
-    truth = torch.take_along_dim(patches, masked, 1).unflatten(2, (3, -1))                       # (B, M, 3, p*p)
-    variance, mean = torch.var_mean(truth, dim=3, correction=0, keepdim=True)                    # (B, M, 3, 1)
-    predicted = (out.pixels.float().unflatten(2, (3, -1)) * (variance + 1e-5).sqrt() + mean).clamp(-1, 1)
+
+    p, grid, masked = model.patch_size, model.grid, out.masked[:, :, None]     # (B, M, 1)
+    patches = patchify(images, p)                                              # (B, N, 3*p*p)
+    truth = torch.take_along_dim(patches, masked, 1).unflatten(2, (3, -1))     # (B, M, 3, p*p)
+    variance, mean = torch.var_mean(truth, dim=3, correction=0, keepdim=True)  # (B, M, 3, 1)
+    nothing = mean.expand_as(truth)                                            # (B, M, 3, p*p)
+    predicted = out.pixels.float().unflatten(2, (3, -1))                       # (B, M, 3, p*p)
+    predicted = (predicted * (variance + 1e-5).sqrt() + mean).clamp(-1, 1)
 
     def shown(values: Tensor) -> Tensor:
         """The images (B, 3, H, W) with `values` (B, M, 3, p*p) in the masked places."""
-        return unpatchify(patches.scatter(1, masked.expand(-1, -1, patches.shape[2]), values.flatten(2)), p, grid)
+        places = masked.expand(-1, -1, patches.shape[2])
+        return unpatchify(patches.scatter(1, places, values.flatten(2)), p, grid)
 
     def psnr(values: Tensor) -> float:
-        return -10 * math.log10((values - truth).div(2).square().mean().item() + 1e-10)  # pixels span 2
+        error = (values - truth).div(2).square().mean().item()  # pixels span 2
+        return -10 * math.log10(error + 1e-10)
 
-    nothing = mean.expand_as(truth)
-    columns = {"original": images, "masked": shown(torch.full_like(truth, 0.5)), "no prediction": shown(nothing),
-               "prediction": shown(predicted)}
+    columns = {"original": images, "masked": shown(torch.full_like(truth, 0.5)),
+               "no prediction": shown(nothing), "prediction": shown(predicted)}
     if model.teacher is not None:
-        features = model.teacher.encode(patches)[0][:, 1:].float()                               # (B, N, D)
-        features = (features - features.mean(dim=0)).flatten(0, 1)                               # (B*N, D)
-        _, axes = torch.linalg.eigh(features.T @ features)                                       # eigenvalues rise
-        axes = axes[:, -3:].flip(1)                                                              # (D, 3)
-        colours = features @ (axes * axes.sum(dim=0).sign())                                     # (B*N, 3), sign fixed
+        features = model.teacher.encode(patches)[0][:, 1:].float()             # (B, N, D)
+        features = (features - features.mean(dim=0)).flatten(0, 1)             # (B*N, D)
+        _, axes = torch.linalg.eigh(features.T @ features)                     # eigenvalues rise
+        axes = axes[:, -3:].flip(1)                                            # (D, 3)
+        colours = features @ (axes * axes.sum(dim=0).sign())                   # (B*N, 3)
         colours = (colours / (2 * colours.std(dim=0) + 1e-6)).clamp(-1, 1)
-        maps = colours.unflatten(0, (len(images), *grid)).permute(0, 3, 1, 2)                    # (B, 3, rows, columns)
+        maps = colours.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)           # (B, 3, *grid)
         columns["teacher features"] = nn.functional.interpolate(maps, images.shape[2:])
 
     zoom = max(1, round(144 / images.shape[3]))
     side = zoom * images.shape[3] + 4
-    picture = Image.new("RGB", (2 * len(columns) * side, math.ceil(len(images) / 2) * side + 24), "white")
+    height = math.ceil(len(images) / 2) * side + 24
+    picture = Image.new("RGB", (2 * len(columns) * side, height), "white")
     for place, (title, column) in enumerate(2 * list(columns.items())):  # two images a row
         ImageDraw.Draw(picture).text((place * side + 2, 4), title, fill="black", font_size=15)
-        for row, image in enumerate(column[place // len(columns) :: 2]):
-            pixels = image.add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()       # (H, W, 3)
-            picture.paste(ImageOps.scale(Image.fromarray(pixels), zoom, Image.Resampling.NEAREST),
-                          (place * side, row * side + 24))
+        pixels = column.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)   # (B, H, W, 3)
+        for row, tile in enumerate(pixels[place // len(columns) :: 2].cpu().numpy()):
+            tile = ImageOps.scale(Image.fromarray(tile), zoom, Image.Resampling.NEAREST)
+            picture.paste(tile, (place * side, row * side + 24))
     return picture, dict(psnr=psnr(predicted), psnr_nothing=psnr(nothing))
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
     """Curves over the epochs, one panel each: the losses, and top-1 of a classifier."""
     names = ("pixel_loss", "feature_loss", "loss", "top1", "top1_ema")
-    curves = {name: [(line["epoch"], line[name]) for line in log if math.isfinite(line.get(name, math.nan))]
-              for name in names}
-    curves = {name: points for name, points in curves.items() if any(value for _, value in points)}
-    width, height, left, top = 440, 300, 64, 40
+    curves = {name: [(line["epoch"], line[name]) for line in log
+                     if math.isfinite(line.get(name, math.nan))] for name in names}
+    curves = {name: points for name, points in curves.items() if any(y for _, y in points)}
+    width, height, left, top = 440, 300, 64, 40  # of a panel, and its margins
+    w, h = width - left - 24, height - top - 44  # of the axes
     picture = Image.new("RGB", (width * max(1, len(curves)), height), "white")
     draw = ImageDraw.Draw(picture)
+    text = functools.partial(draw.text, fill="black", font_size=14)
     last = max(2, log[-1]["epoch"])
     for place, (name, points) in enumerate(curves.items()):
-        x0, y0, w, h = place * width + left, top, width - left - 24, height - top - 44
+        x0 = place * width + left
         low, high = min(value for _, value in points), max(value for _, value in points)
         room = 0.05 * (high - low) or 0.05 * abs(high)
         low, high = max(low - room, min(low, 0)), high + room  # no axis below 0 for values above
-        draw.text((x0, 10), f"{name}  {points[-1][1]:.4g}", fill="black", font_size=18)
+        text((x0, 10), f"{name}  {points[-1][1]:.4g}", font_size=18)
         for tick in range(5):
-            y = y0 + h * tick / 4
+            y = top + h * tick / 4
             draw.line((x0, y, x0 + w, y), fill="lightgray")
-            draw.text((x0 - 6, y), f"{high - (high - low) * tick / 4:.3g}", fill="black", font_size=14, anchor="rm")
+            text((x0 - 6, y), f"{high - (high - low) * tick / 4:.3g}", anchor="rm")
         for epoch in sorted({1, (1 + last) // 2, last}):
-            x = x0 + w * (epoch - 1) / (last - 1)
-            draw.text((x, y0 + h + 6), f"{epoch}", fill="black", font_size=14, anchor="ma")
-        draw.text((x0 + w / 2, y0 + h + 22), "epoch", fill="black", font_size=14, anchor="ma")
-        dots = [(x0 + w * (epoch - 1) / (last - 1), y0 + h * (high - value) / (high - low)) for epoch, value in points]
+            text((x0 + w * (epoch - 1) / (last - 1), top + h + 6), f"{epoch}", anchor="ma")
+        text((x0 + w / 2, top + h + 22), "epoch", anchor="ma")
+        dots = [(x0 + w * (epoch - 1) / (last - 1), top + h * (high - value) / (high - low))
+                for epoch, value in points]
         draw.line(dots, fill="#1f6fb4", width=3, joint="curve")
         for x, y in dots if len(dots) < 40 else dots[-1:]:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#1f6fb4")
     return picture
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --benchmark
 
 
 def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Run") -> None:
-    """Time training steps on random images, and the loading of real ones; print where the time goes.
+    """Time training steps on random images, and the loading of real ones; print where time goes.
 
-    GPU times come from CUDA events, CPU times from the clock. Each is the median of ten steps, after three
-    steps to warm up. With --accum_steps a "step" is one part of a batch and an update.
+    GPU times come from CUDA events, CPU times from the clock. Each is the median of ten steps,
+    after three steps to warm up. With --accum_steps a "step" is one part of a batch and an update.
     """
     args, cuda = run.args, run.device.type == "cuda"
     run.join()
@@ -402,7 +405,7 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     def milliseconds(marks: list) -> list[float]:
         if cuda:
             torch.cuda.synchronize()
-        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+        return [a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in zip(marks, marks[1:])]
 
     times = []
     for _ in range(13):
@@ -421,24 +424,27 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     forward, backward, update = np.median(times[3:], axis=0)
     step = forward + backward + update
 
-    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]  # of the teacher's MLP
+    # The teacher's MLP has a matrix product of this size: what the device can do at best
+    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]
     a = torch.randn(tokens, width, device=run.device, dtype=run.dtype)
     b = torch.randn(width, 4 * width, device=run.device, dtype=run.dtype)
     marks = [clock()]
     for _ in range(23):
         a @ b
         marks.append(clock())
-    matmul = 2 * a.numel() * 4 * width / np.median(milliseconds(marks)[3:]) / 1e9         # TFLOP/s
+    matmul = 2 * a.numel() * 4 * width / np.median(milliseconds(marks)[3:]) / 1e9  # TFLOP/s
 
     twin = copy.deepcopy(model).to("meta")  # counts the operations of one image without doing them
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         out = twin(images[:1].to("meta"), mask[:1])
         (out.pixel_loss + out.feature_loss).backward()
     gflop = counter.get_total_flops() / 1e9
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident
 
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident *= 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else resident
+
     torch.set_num_threads(1)  # as a worker has it
     began, loaded = time.time(), 0
     while time.time() - began < 2:
@@ -447,12 +453,13 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     loading = loaded / (time.time() - began)
 
     speed = 1e3 * batch * run.world_size / step
+    hours = args.epochs * len(samples) / speed / 3600
     achieved = gflop * batch / step
     run.print(f"{args.recipe} ({args.model}), batch {batch} a process, {run.world_size} x {name}, "
               f"{run.dtype or torch.float32}{', compiled' if args.compile else ''}")
     for label, value in (
         ("images/s", f"{speed:.4g}"),
-        (f"hours of {args.epochs} x {len(samples)} images", f"{args.epochs * len(samples) / speed / 3600:.3g}"),
+        (f"hours of {args.epochs} x {len(samples)} images", f"{hours:.3g}"),
         ("ms a step", f"{step:.4g}"),
         ("  forward and losses", f"{forward:.4g}"),
         ("  backward", f"{backward:.4g}"),
@@ -460,15 +467,23 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         ("GFLOP an image", f"{gflop:.4g}"),
         ("TFLOP/s a process", f"{achieved:.4g}"),
         ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
-        ("peak memory a process, GiB", f"{peak:.3g}"),
+        ("peak memory a process, GiB", f"{peak / 2**30:.3g}"),
         ("images/s a loading worker", f"{loading:.4g}"),
         ("  workers a process to keep up", f"{math.ceil(speed / run.world_size / loading)}"),
     ):
         run.print(f"{label:34}{value}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run needs around its loop. finetune.py imports it; nothing below depends on the model.
+
+
+def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
+    """Learning rate at `progress` (0 .. 1): from 0 to `peak` at `warmup`, then cosine to `end`."""
+    if progress < warmup:
+        return peak * progress / warmup
+    end = min(end, peak)  # a small batch lowers the peak, and not the end
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
@@ -476,8 +491,8 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
 
     def parse(text: str) -> float:
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} must be {low:g} to {high}" if high < math.inf else
-                                             f"{text} must be {low:g} or more")
+            limits = f"{low:g} to {high}" if high < math.inf else f"{low:g} or more"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # what argparse calls it when it complains
@@ -489,13 +504,14 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
-            silent = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+            silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
             return action.help + ("" if silent else " (default: %(default)s)")
 
     def __init__(self, description: str):
         super().__init__(
             description=description, formatter_class=Parser.Formatter, allow_abbrev=False,
-            epilog="Defaults are those of --recipe imagenet; RECIPES, at the top of the script, has the others.")
+            epilog="Defaults are those of --recipe imagenet; RECIPES, at the top of the script, "
+                   "has the others.")
 
     def error(self, message: str):
         fail(message.removeprefix("argument "))
@@ -504,30 +520,36 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `Run`."""
     add = parser.add_argument
+    whole, count = number(0, kind=int), number(1, kind=int)
     add("--out", help="folder for everything that is written; without it, one below output/")
     add("--fresh", action="store_true", help="start over, even where there is a checkpoint")
-    add("--accum_steps", type=number(1, kind=int), default=1, help="cut a batch into so many parts, to save memory")
-    add("--seed", type=number(0, kind=int), default=0, help="of weights, order, crops and masks")
-    add("--workers", type=number(0, kind=int), help="loading processes for each training process; without it, 1 on a "
-        "CPU, and with GPUs the number of cores per GPU, at most 16")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU if there is one")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision; auto: bf16 where "
-        "the hardware has it, else fp16 on a GPU and off on a CPU")
+    add("--accum_steps", type=count, default=1,
+        help="cut a batch into so many parts, to save memory")
+    add("--seed", type=whole, default=0, help="of weights, order, crops and masks")
+    add("--workers", type=whole,
+        help="loading processes for each training process; without it, 1 on a CPU, and with GPUs "
+             "the number of cores per GPU, at most 16")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="auto: a GPU if there is one")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="precision; auto: bf16 where the hardware has it, else fp16 on a GPU and off on a CPU")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--save_every", type=number(1, kind=int), default=1, help="epochs between checkpoints")
-    add("--log_every", type=number(1, kind=int), default=20, help="steps between looks at the losses")
+    add("--save_every", type=count, default=1, help="epochs between checkpoints")
+    add("--log_every", type=count, default=20, help="steps between looks at the losses")
 
 
-def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None):
-    """Parse flags, with the recipe's values as defaults. If only --epochs is given, warm-up keeps its share."""
-    args = parser.parse_args(argv)                       # once, to learn the recipe
+def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict],
+                 argv: list[str] | None) -> argparse.Namespace:
+    """Parse flags, with the recipe's values as defaults. Warm-up keeps its share of --epochs."""
+    args = parser.parse_args(argv)                                # once, to learn the recipe
     recipe = args.recipe or ("imagenet" if args.data else "shapes")
     parser.set_defaults(recipe=recipe, **recipes[recipe])
-    usual, args = parser.parse_args([]), parser.parse_args(argv)    # again, to learn the length
+    usual, args = parser.parse_args([]), parser.parse_args(argv)  # again, to learn the length
     parser.set_defaults(warmup_epochs=usual.warmup_epochs * args.epochs / usual.epochs)
     args = parser.parse_args(argv)
     if args.warmup_epochs > args.epochs:
-        fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give fewer")
+        fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give "
+             "fewer")
     if args.data == "":
         fail("--data is empty: name a folder, or leave it out for the built-in images")
     args.data = args.data and os.path.abspath(args.data)
@@ -558,34 +580,38 @@ def one_line_errors():
 class Run:
     """Processes, device, precision, checkpoint, log and signals of a training run.
 
-    The loop calls a Run; a Run never calls the loop. All processes must make the same calls in the same
-    order, because many of the calls wait for the other processes.
+    The loop calls a Run; a Run never calls the loop. All processes must make the same calls in the
+    same order, because many of the calls wait for the other processes.
     """
 
     cure = "A lower learning rate, a longer warm-up or --amp bf16 may help"
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.log, self.signal = args, [], 0
-        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun sets these four
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main = self.rank == 0
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.kept = f"nothing was saved over {args.out}/checkpoint.pt"
+
         cuda = torch.cuda.is_available() and args.device != "cpu"
         if args.device == "cuda" and not cuda:
             fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
-        if cuda and local_size > torch.cuda.device_count():
-            fail(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine")
+        if cuda and local_size > (gpus := torch.cuda.device_count()):
+            fail(f"--nproc_per_node is more than the {gpus} GPUs of this machine")
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+
         amp = args.amp
         if amp == "auto" and cuda:
             amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif amp == "auto":
-            fast_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # elsewhere it is emulated, and slow
-            amp = "bf16" if fast_bf16 else "off"
+        elif amp == "auto":  # a CPU without AVX-512 bf16 emulates it, which is slow
+            amp = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "off"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
         self.workers = args.workers
         if args.workers is None:  # on a CPU the model needs the cores itself
             self.workers = min(16, len(os.sched_getaffinity(0)) // local_size) if cuda else 1
@@ -593,95 +619,84 @@ class Run:
     @property
     def config(self) -> dict:
         """All settings but --fresh and --workers, as saved with the run."""
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(self.args).items()
+        return {name: tuple(value) if isinstance(value, list) else value
+                for name, value in vars(self.args).items()
                 if name not in ("fresh", "workers", "batch_given")}
 
-    # ---- before the loop
+    def print(self, *words: str) -> None:
+        if self.is_main:
+            tqdm.write(" ".join(words))
+            sys.stdout.flush()
+
+    def print_values(self, title: str, values: dict) -> None:
+        self.print("  ".join([title, *(f"{name} {value:.5g}" for name, value in values.items())]))
+
+    # ---- before the loop, in this order
 
     def split_batch(self) -> None:
-        """Make sure that processes and accumulation steps get equal parts of a batch. Raises ValueError."""
-        args = self.args
-        if args.batch_size % (self.world_size * args.accum_steps):
-            raise ValueError(f"--batch_size {args.batch_size} is not divisible by {self.world_size} processes x "
-                             f"--accum_steps {args.accum_steps}")
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
-            samples, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-            worker_init_fn=_init_worker,
-        )
+        """Raise ValueError if a batch can't be split equally over processes and --accum_steps."""
+        batch_size, accum_steps = self.args.batch_size, self.args.accum_steps
+        if batch_size % (self.world_size * accum_steps):
+            raise ValueError(f"--batch_size {batch_size} is not divisible by {self.world_size} "
+                             f"processes x --accum_steps {accum_steps}")
 
     def resume(self, parts: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> int:
-        """Load the checkpoint, if there is one, into `parts`; returns the number of steps done.
-
-        The settings named in `fixed` must not have changed. A change of any other setting is printed.
-        """
+        """Load the checkpoint, if there is one, into `parts`; returns the number of steps done."""
         path = os.path.join(self.args.out, "checkpoint.pt")
         if self.args.fresh or not os.path.exists(path):
             return 0
         with one_line_errors():
             checkpoint = read_file(path)
-        if not {"config", "step", "steps_per_epoch", "log", "model", "optimizer", "samples"} <= checkpoint.keys():
-            fail(f"{path} is no checkpoint of a run; another --out leaves it alone, --fresh replaces it")
-        was, now = checkpoint["config"], self.config
-        changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
-        if wrong := [f"--{name} {value}" for name, value in changed.items() if name in fixed]:
-            fail(f"{path} was trained with {', '.join(wrong)}: give the same, or another --out, or --fresh")
-        if checkpoint["steps_per_epoch"] != steps_per_epoch:
-            fail(f"{path} had {checkpoint['steps_per_epoch']} steps an epoch, not {steps_per_epoch}: give the same "
-                 "data and --batch_size, or another --out, or --fresh")
-        if (images := len(checkpoint["samples"]["broken"])) != len(parts["samples"]):
-            fail(f"{path} was trained on {images} images, and now there are {len(parts['samples'])}: give the same "
-                 "data, or another --out, or --fresh")
-        if changed:
-            self.print("changed:", ", ".join(f"--{name} {now[name]} (was {value})" for name, value in changed.items()))
-
+        keys = {"config", "step", "steps_per_epoch", "log", "model", "optimizer", "samples"}
+        instead = "another --out leaves it alone, --fresh replaces it"
+        if not keys <= checkpoint.keys():
+            fail(f"{path} is no checkpoint of a run; {instead}")
+        self._check_unchanged(path, checkpoint, len(parts["samples"]), fixed, steps_per_epoch)
         try:
             for name, part in parts.items():
                 state = checkpoint.get(name)
-                if isinstance(part, torch.optim.Optimizer):  # load the moments, keep this call's settings
-                    settings = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+                if isinstance(part, torch.optim.Optimizer):  # the moments; settings are this call's
+                    settings = part.param_groups
                     part.load_state_dict(state)
-                    for group, own in zip(part.param_groups, settings):
-                        group |= own
+                    part.param_groups = settings
                 elif state:  # the scaler's state is empty unless the run was in fp16
                     part.load_state_dict(state)
-                elif isinstance(part, nn.Module):  # an average that begins later begins as the model
+                elif isinstance(part, nn.Module):  # an average that is new starts as the model
                     part.load_state_dict(checkpoint["model"])
         except (RuntimeError, ValueError):
-            fail(f"{path} has other tensors than this version of the code; another --out leaves it alone, --fresh "
-                 "replaces it")
-        self.log = checkpoint["log"]
-        epochs = f"{checkpoint['step'] // steps_per_epoch} of {self.args.epochs}"
-        self.print(f"going on from {path}, epoch {epochs}, step {checkpoint['step']}")
-        return checkpoint["step"]
+            fail(f"{path} has other tensors than this version of the code; {instead}")
+        self.log, step = checkpoint["log"], checkpoint["step"]
+        epochs = f"{step // steps_per_epoch} of {self.args.epochs}"
+        self.print(f"going on from {path}, epoch {epochs}, step {step}")
+        return step
 
-    def join(self) -> None:
-        """Meet the other processes that torchrun started. CUDA tensors go over nccl, the CPU stop flag over gloo."""
-        if self.world_size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            store, rank, world_size = next(rendezvous("env://"))
-            # After `torchrun --max_restarts` has restarted processes, the store still has the addresses of the
-            # dead ones, so each restart gets its own prefix. This works on one machine only: each machine
-            # counts its own restarts.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    def _check_unchanged(self, path, checkpoint, images, fixed, steps_per_epoch) -> None:
+        """End the run if the data or a setting in `fixed` has changed; print which others have."""
+        was, now, instead = checkpoint["config"], self.config, "or another --out, or --fresh"
+        changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
+        if wrong := [f"--{name} {value}" for name, value in changed.items() if name in fixed]:
+            fail(f"{path} was trained with {', '.join(wrong)}: give the same, {instead}")
+        if (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
+            fail(f"{path} had {steps} steps an epoch, not {steps_per_epoch}: give the same data "
+                 f"and --batch_size, {instead}")
+        if (before := len(checkpoint["samples"]["broken"])) != images:
+            fail(f"{path} was trained on {before} images, and now there are {images}: give the "
+                 f"same data, {instead}")
+        if changed:
+            words = [f"--{name} {now[name]} (was {value})" for name, value in changed.items()]
+            self.print("changed:", ", ".join(words))
 
     def begin(self, start: int, total_steps: int, what: str) -> None:
-        """Join the other processes, create --out, catch signals. Call it after all flags were checked."""
-        args = self.args
+        """Join the other processes, create --out, catch signals. Flags must have been checked."""
         self.join()
-        if self.world_size > 1:  # processes that found different checkpoints would wait for one another for ever
+        if self.world_size > 1:  # at different steps they would wait for one another for ever
             steps = [None] * self.world_size
             dist.all_gather_object(steps, start)
             if len(set(steps)) > 1:
-                fail(f"--out {args.out}: processes found checkpoints of different steps {sorted(set(steps))}; it must "
-                     "be a folder that all machines share")
-        precision = self.dtype or torch.float32
-        self.print(f"{what}, {total_steps} steps, {self.world_size} x {self.device.type}, {precision}")
+                fail(f"--out {self.args.out}: processes found checkpoints of different steps "
+                     f"{sorted(set(steps))}; it must be a folder that all machines share")
+        device = f"{self.world_size} x {self.device.type}, {self.dtype or torch.float32}"
+        self.print(f"{what}, {total_steps} steps, {device}")
         if start >= total_steps:
             self.print("this run is finished; --fresh starts it over, more --epochs make it longer")
         else:
@@ -693,30 +708,41 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
+    def join(self) -> None:
+        """Meet the other processes: over nccl for CUDA tensors, over gloo for the flag to stop."""
+        if self.world_size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            # After `torchrun --max_restarts` has restarted processes, the store still has the
+            # addresses of the dead ones, so each restart gets its own prefix. This works on one
+            # machine only: each machine counts its own restarts.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, wrapped in DDP and torch.compile if asked for. The wrapper shares its parameters."""
+        """`model`, wrapped in DDP and torch.compile if asked for; its parameters are shared."""
         if self.world_size > 1:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for broadcast_buffers
-                # No device_ids: with them DDP moves the mask to the GPU, and BootMAE.split waits for it there.
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
+                # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait
                 model = nn.parallel.DistributedDataParallel(
                     model, broadcast_buffers=False, gradient_as_bucket_view=True)
         return torch.compile(model) if self.args.compile else model
+
+    def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            samples, batch_sampler=batches, num_workers=self.workers,
+            pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker)
 
     # ---- in the loop
 
     def bar(self, start: int, total_steps: int) -> tqdm:
         """Numbers of the steps to do, as a progress bar of the whole run."""
-        return tqdm(range(start, total_steps), initial=start, total=total_steps, leave=False, smoothing=0.02,
-                    disable=None if self.is_main else True)
+        return tqdm(range(start, total_steps), initial=start, total=total_steps, leave=False,
+                    smoothing=0.02, disable=None if self.is_main else True)
 
-    def print(self, *words: str) -> None:
-        if self.is_main:
-            tqdm.write(" ".join(words))
-            sys.stdout.flush()
-
-    def print_values(self, title: str, values: dict) -> None:
-        self.print("  ".join([title, *(f"{name} {value:.5g}" for name, value in values.items())]))
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum of a tensor over the processes; the same on each."""
@@ -725,35 +751,32 @@ class Run:
             dist.all_reduce(x)
         return x
 
-    def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
-        """Print each unreadable file's name once; end the run if more than `most` of all images are unreadable.
-
-        Returns the number of unreadable files.
-        """
-        known = samples.broken.clone()
-        if self.world_size > 1:
-            dist.all_reduce(known.view(torch.uint8), dist.ReduceOp.MAX)
-        for index in (known & ~samples.reported).nonzero()[:, 0].tolist():
-            if self.is_main:
-                tqdm.write(f"warning: can't read {samples.source.name(index)!r}", file=sys.stderr)
-        samples.reported |= known
-        broken = known.nonzero()[:, 0].tolist()
-        if len(broken) > most * len(samples):
-            examples = ", ".join(repr(samples.source.name(index)) for index in broken[:3])
-            fail(f"{len(broken)} of {len(samples)} images can't be read, more than {100 * most:g} %, for example "
-                 f"{examples}", code=1)
-        return len(broken)
-
     def check_scale(self, scaler: torch.amp.GradScaler) -> None:
-        """End a run in fp16 whose gradients are never finite: each such step is skipped and halves the scale."""
+        """End a run in fp16 whose gradients are never finite: each such step halves the scale."""
         if scaler.is_enabled() and scaler.get_scale() < 2**-20:
-            fail(f"gradients are never finite in fp16, so no step was taken of late. {self.cure}", code=1)
+            fail(f"gradients are never finite in fp16, so no step was taken of late. {self.cure}",
+                 code=1)
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """End the run rather than save weights that are not finite over good ones."""
         if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
-            fail(f"weights are no longer finite at step {step}; nothing was saved over {self.args.out}/checkpoint.pt. "
-                 f"{self.cure}", code=1)
+            fail(f"weights are no longer finite at step {step}; {self.kept}. {self.cure}", code=1)
+
+    def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
+        """Name each unreadable file once, and count them. Above a share of `most`, the run ends."""
+        known = samples.broken.clone()
+        if self.world_size > 1:
+            dist.all_reduce(known.view(torch.uint8), dist.ReduceOp.MAX)
+        if self.is_main:
+            for index in np.flatnonzero(known & ~samples.reported):
+                tqdm.write(f"warning: can't read {samples.source.name(index)!r}", file=sys.stderr)
+        samples.reported |= known
+        broken = np.flatnonzero(known)
+        if len(broken) > most * len(samples):
+            examples = ", ".join(repr(samples.source.name(index)) for index in broken[:3])
+            fail(f"{len(broken)} of {len(samples)} images can't be read, more than {100 * most:g} "
+                 f"%, for example {examples}", code=1)
+        return len(broken)
 
     def log_epoch(self, done: int, epoch: int, values: dict, samples: data.Samples) -> None:
         """Add a line to the log, print it, and start the clock of the next epoch."""
@@ -764,23 +787,26 @@ class Run:
         self.save_log()
         self.began, self.began_step = time.time(), done
 
+    # ---- signals
+
     def _remember(self, number: int, frame) -> None:
-        """SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) set a flag; a second one ends the process at once."""
+        """SIGTERM (a cluster's preemption) or SIGINT (Ctrl-C) sets a flag; a second one kills."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def stop_asked(self) -> bool:
-        """Whether any process has received a signal. The flag is on the CPU, so this waits for no GPU."""
+        """Whether a process has received a signal. The flag is on the CPU; no GPU is waited for."""
         if self.world_size == 1:
             return self.signal > 0
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.signal = self.signal or int(flag)  # never back to 0: one may have arrived during the all-reduce
+        self.signal = self.signal or int(flag)  # never back to 0: one may have arrived meanwhile
         return int(flag) > 0
 
     def stop(self, step: int):
-        fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; {self.args.out}/checkpoint.pt holds "
-             "it, the same command goes on", code=128 + self.signal)
+        fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; "
+             f"{self.args.out}/checkpoint.pt holds it, the same command goes on",
+             code=128 + self.signal)
 
     # ---- files, written by rank 0
 
@@ -792,10 +818,7 @@ class Run:
             fail(f"--out {self.args.out}: {error.strerror}")
 
     def save(self, content, name: str) -> None:
-        """Write a file in --out completely or not at all: write NAME.tmp, flush it to disk, rename it.
-
-        content: bytes, or whatever torch.save takes.
-        """
+        """Write bytes, or what torch.save takes, to a file in --out: all of it, or nothing."""
         if not self.is_main:
             return
         path = os.path.join(self.args.out, name)
@@ -805,10 +828,11 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".tmp", path)
-        except (OSError, RuntimeError) as error:  # torch's writer hides a full disk in a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
             with contextlib.suppress(OSError):
                 os.remove(path + ".tmp")
-            fail(f"could not save {path} ({error.__context__ or error}); what was saved before is whole", code=1)
+            reason = error.__context__ or error
+            fail(f"could not save {path} ({reason}); what was saved before is whole", code=1)
 
     def save_picture(self, picture: Image.Image, name: str) -> None:
         file = io.BytesIO()
@@ -821,42 +845,42 @@ class Run:
             self.save_picture(draw_curves(self.log), "curves.png")
 
     def save_checkpoint(self, parts: dict, step: int, steps_per_epoch: int) -> None:
-        """Save checkpoint.pt. Call it last: by then the other files of this step must be written."""
-        state = {name: part.state_dict() for name, part in parts.items()}  # in all processes, for Meter's sum
-        self.save(state | dict(step=step, steps_per_epoch=steps_per_epoch, log=self.log, config=self.config),
-                  "checkpoint.pt")
+        """Save checkpoint.pt. Call it last, when the other files of this step have been written."""
+        state = {name: part.state_dict() for name, part in parts.items()}  # Meter needs all ranks
+        state |= dict(step=step, steps_per_epoch=steps_per_epoch, log=self.log, config=self.config)
+        self.save(state, "checkpoint.pt")
 
 
 def _init_worker(worker: int) -> None:
-    """Make a loading worker ignore Ctrl-C and SIGTERM: the training process decides when it ends."""
+    """Make a loading worker ignore Ctrl-C and SIGTERM: the training process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class Meter:
-    """Means of an epoch's losses over all processes. The sums are on the device; adding does not wait for it."""
+    """Means of an epoch's losses over all processes. Sums are on the device: `add` never waits."""
 
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
-        self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)  # and how many were finite
-        self.count = 0  # of finite losses, at the last reading
+        self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
+        self.count = 0  # of finite losses, at the last reading; self.sums[-1] is the count so far
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one is not finite, as can happen in fp16, none is added."""
-        row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()                # (names + 1,)
+        row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()  # (names + 1,)
         self.sums += torch.where(row.isfinite().all(), row, 0)
 
     def means(self) -> dict[str, float]:
         *sums, self.count = self.run.all_reduce_sum(self.sums).tolist()
-        return {name: value / self.count if self.count else math.nan for name, value in zip(self.names, sums)}
+        return {name: value / self.count if self.count else math.nan
+                for name, value in zip(self.names, sums)}
 
     def look(self) -> dict[str, float]:
         """The means; ends the run if no loss was finite since the last look."""
         before, means = self.count, self.means()
         if self.count == before:
-            fail(f"no loss was finite in the last --log_every {self.run.args.log_every} steps; nothing was saved over "
-                 f"{self.run.args.out}/checkpoint.pt. {self.run.cure}", code=1)
+            fail(f"no loss was finite in the last --log_every {self.run.args.log_every} steps; "
+                 f"{self.run.kept}. {self.run.cure}", code=1)
         return means
 
     def reset(self) -> None:
@@ -876,15 +900,14 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     """Call main(args), and leave in a way that can't hang."""
     code = 1
     try:
-        try:
-            main(args)
-            code = 0
-        except torch.OutOfMemoryError:
-            cure = f"--accum_steps {2 * args.accum_steps} halves the images held at a time"
-            fail(f"out of GPU memory: {cure}", code=1, everywhere=True)
+        main(args)
+        code = 0
     except SystemExit as end:
         code = end.code
         raise
+    except torch.OutOfMemoryError:
+        fail(f"out of GPU memory: --accum_steps {2 * args.accum_steps} halves the images held at a "
+             "time", code=1, everywhere=True)
     except Exception as error:
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             if "by peer" in str(error):  # its own message, or torchrun's, says why
@@ -892,8 +915,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             traceback.print_exc()
         raise SystemExit(code) from None
     finally:
-        # Distributed processes exit without destructors. DistributedDataParallel's holds Python's lock while it
-        # waits for a gloo thread that may need that lock (torch 2.13), and it may wait forever for a dead process.
+        # Distributed processes exit without destructors. DistributedDataParallel's holds Python's
+        # lock while it waits for a gloo thread that may need that lock (torch 2.13), and it may
+        # wait forever for a dead process.
         if dist.is_initialized():
             sys.stdout.flush()
             sys.stderr.flush()
