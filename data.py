@@ -1,7 +1,8 @@
-"""Images: folders of any kind, the built-in shapes, and augmentation. Needs only torch, numpy and pillow.
+"""Images: folders of any kind, the built-in shapes, and augmentation.
 
-Images stay uint8 until they are on the device. Everything random about a sample depends on (seed, epoch, index) alone,
-so the numbers of workers and processes do not change the samples (mixup and erasing work on batches).
+Images stay uint8 until they are on the device. Everything random about a sample depends on (seed,
+epoch, index) alone, so the numbers of workers and processes do not change the samples (mixup and
+erasing work on batches). Needs only torch, numpy and pillow.
 """
 import math
 import os
@@ -14,33 +15,34 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
 class ImageFolder:
-    """Every image below `root`, in sorted order. The folders directly below `root`, where there are any, are classes.
+    """Every image below `root`, in sorted order. The folders directly below `root` are its classes.
 
-    classes: names, sorted (or those given, so that a validation set gets the numbers of its training set).
+    classes: their names, sorted, or those given, so that a validation set numbers them alike.
     labels: int64 (number of images,), -1 for an image directly in `root`.
-    Raises ValueError if there is no image, or a class folder that `classes` lacks; OSError if a folder can't be read.
+    Raises ValueError without an image, or if `classes` lacks a class; OSError if reading fails.
     """
 
     def __init__(self, root: str, classes: list[str] | None = None):
         self.root = os.fspath(root)
         paths = sorted(_walk(self.root))
         if not paths:
-            raise ValueError(f"no images found in {self.root!r} (looked for {' '.join(EXTENSIONS)} at any depth)")
-        # Bytes in one array, not a million str objects: workers share it, and no reference count copies its pages.
+            looked = f"looked for {' '.join(EXTENSIONS)} at any depth"
+            raise ValueError(f"no images found in {self.root!r} ({looked})")
+        # One array, not a million str objects: no reference count copies the workers' pages.
         self.paths = np.array([os.fsencode(path) for path in paths])
-        tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in paths]
-        self.classes = sorted({top for top in tops if top is not None}) if classes is None else classes
-        unknown = {top for top in tops if top is not None} - set(self.classes)
-        if unknown:
-            raise ValueError(f"{self.root!r} has classes that the training set lacks: {' '.join(sorted(unknown)[:5])}")
-        number = {name: label for label, name in enumerate(self.classes)} | {None: -1}
+        tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]  # "" directly in `root`
+        names = set(tops) - {""}
+        self.classes = sorted(names) if classes is None else classes
+        if unknown := " ".join(sorted(names - set(self.classes))[:5]):
+            raise ValueError(f"{self.root!r} has classes that the training set lacks: {unknown}")
+        number = {name: label for label, name in enumerate(self.classes)} | {"": -1}
         self.labels = np.array([number[top] for top in tops])
 
     def __len__(self) -> int:
@@ -50,12 +52,12 @@ class ImageFolder:
         return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
 
     def open(self, index: int) -> Image.Image:
-        """The image with its header read and its pixels not yet: the crop decides how much of them is decoded."""
+        """The image, of which only the header is read: the crop decides how much is decoded."""
         return Image.open(self.name(index))
 
 
 def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths of the image files below `root`, relative to it. Follows links, but not into a folder it is in already."""
+    """Paths of the image files below `root`, relative to it. Follows links, but not in circles."""
     real = os.path.realpath(os.path.join(root, below))
     if real in above:
         return
@@ -63,7 +65,8 @@ def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[s
         path = os.path.join(below, entry.name)
         if entry.name.startswith("."):
             continue
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # no call to the disk for a plain file
+        # A plain file costs no call to the disk, and a link to itself is no error.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(root, path, (*above, real))
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
@@ -86,7 +89,7 @@ class Subset:
         return self.source.open(self.indices[index])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Built-in images
 
 
@@ -100,7 +103,7 @@ def _regular(corners: int) -> np.ndarray:
     return np.exp(2j * np.pi * np.arange(corners) / corners)
 
 
-# Outlines are complex points x + iy in the unit circle, so that one complex product scales and turns a shape.
+# Outlines are complex points x + iy in the unit circle: one complex product scales and turns them.
 OUTLINES = {
     "circle": _arc(0, 1),
     "ring": np.r_[_arc(0, 1), _arc(1, 0, radius=0.55)],  # out and back, along a seam of no width
@@ -108,7 +111,7 @@ OUTLINES = {
     "triangle": _regular(3),
     "star": _regular(10) * np.tile([1, 0.42], 5),
     "cross": np.outer(_regular(4), [0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j]).ravel(),
-    "heart": -np.r_[1, _arc(0.125, 0.625, 0.555, -0.19 + 0.4j), _arc(0.375, 0.875, 0.555, -0.19 - 0.4j)],
+    "heart": -np.r_[1, _arc(1/8, 5/8, 0.555, -0.19 + 0.4j), _arc(3/8, 7/8, 0.555, -0.19 - 0.4j)],
     "moon": np.r_[_arc(0.14, 0.86), _arc(0.79, 0.21, radius=0.8, centre=0.43)],
     "arrow": np.r_[1, 0.1 + 0.8j, 0.1 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j],
     "drop": np.r_[1, _arc(0.176, 0.824, radius=0.62, centre=-0.38)],
@@ -119,13 +122,14 @@ SHAPES = tuple(OUTLINES)
 
 
 def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float) -> np.ndarray:
-    """A colour of this lightness and hue (in turns) that grows darker from top to bottom, at a slight angle.
+    """A colour of this lightness and hue (in turns) that grows darker downwards, at a slight angle.
 
-    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. The slope is steep
-    enough to show within an eighth of the image.
+    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. The slope is
+    steep enough to show within an eighth of the image.
     """
     angle = rng.uniform(-0.35, 0.35)
-    along = (x * math.sin(angle) + y * math.cos(angle)) / (abs(math.cos(angle)) + abs(math.sin(angle)))    # (H, W)
+    sin, cos = math.sin(angle), math.cos(angle)
+    along = (x * sin + y * cos) / (abs(sin) + cos)    # (H, W)
     middle = [light + 0.16 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
     swing = [rng.uniform(0.1, 0.14) for _ in range(3)]
     return np.float32(middle) - along[..., None] * np.float32(swing)
@@ -134,22 +138,20 @@ def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: f
 class Shapes:
     """Images of one big shape each: a drawn dataset with nothing to download.
 
-    Image i is drawn from the number start + i alone, so equal numbers give equal images, and ranges of numbers that do
-    not overlap make separate training and test sets. The class is the shape; colours, place, size and rotation say
-    nothing about it.
+    Image i is drawn from the number start + i alone, so ranges of numbers without overlap make
+    training and test sets. The class is the shape; colour, place, size and angle do not tell it.
 
-    The hidden part of an image can be inferred from the rest, as pretraining requires. There is no noise, no
-    small detail and no flat colour (a patch without slope, once normalised, is nothing but rounding error).
-    A shape is lighter than its background. The light comes from above, so a mirrored image is as likely as
-    the image.
+    The hidden part of an image can be inferred from the rest, as pretraining requires. There is no
+    noise, no small detail and no flat colour (a patch without slope, once normalised, is nothing
+    but rounding error). A shape is lighter than its background. The light comes from above, so a
+    mirrored image is as likely as the image.
     """
 
     classes = SHAPES
 
     def __init__(self, length: int, size: int = 64, start: int = 0):
-        self.numbers = range(start, start + length)
-        self.labels = np.array(self.numbers) % len(SHAPES)  # the class of each image
-        self.size = size
+        self.size, self.numbers = size, range(start, start + length)
+        self.labels = np.array(self.numbers) % len(SHAPES)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -162,7 +164,7 @@ class Shapes:
         size, number = self.size, self.numbers[index]
         rng = random.Random(f"shapes {number}")
 
-        # Lengths are in a frame of -1 .. 1 across the image, and the shape keeps clear of its edges.
+        # Lengths are in a frame of -1 .. 1 across the image. The shape keeps clear of its edges.
         radius = rng.uniform(0.56, 0.84)
         x, y = rng.uniform(-1, 1) * (0.95 - radius), rng.uniform(-1, 1) * (0.95 - radius)
         angle = rng.uniform(-0.4, 0.4) - math.pi / 2  # outlines point along x; upright is -y
@@ -171,29 +173,30 @@ class Shapes:
 
         # Drawn at four times the size and reduced, the edges come out smooth.
         canvas = Image.new("L", (4 * size, 4 * size))
-        ImageDraw.Draw(canvas).polygon(((outline + 1 + 1j) * 2 * size).view(float).tolist(), fill=255)
+        corners = (outline + 1 + 1j) * 2 * size
+        ImageDraw.Draw(canvas).polygon(corners.view(float).tolist(), fill=255)
         mask = canvas.reduce(4)
         shadow = Image.new("L", (size, size))
         shadow.paste(mask, (0, round(size / 16)))
         shadow = shadow.filter(ImageFilter.BoxBlur(size / 24))
 
-        # Distant hues as well as another lightness, so that the outline shows all the way round.
+        # Hues differ as well as lightness, so that the outline shows all the way round.
         hue = rng.random()
         axis = np.linspace(-1, 1, size, dtype=np.float32)
-        column, row = axis[None, :], axis[:, None]
-        image = _ramp(rng, column, row, 0.34, hue)
-        fill = _ramp(rng, (column - x) / radius, (row - y) / radius, 0.66, hue + rng.uniform(0.35, 0.65))
+        u, v = axis[None, :], axis[:, None]  # (1, W) and (H, 1)
+        image = _ramp(rng, u, v, 0.34, hue)
+        fill = _ramp(rng, (u - x) / radius, (v - y) / radius, 0.66, hue + rng.uniform(0.35, 0.65))
         image *= 1 - np.asarray(shadow)[..., None] * np.float32(0.5 / 255)
         image += (fill - image) * (np.asarray(mask)[..., None] * np.float32(1 / 255))
         return Image.fromarray((image * 255 + 0.5).astype(np.uint8))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Views: any image to RGB, cropped and resized in one step
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: 16-bit is scaled and not clipped, what is transparent becomes white."""
+    """Any Pillow mode to RGB: 16 bits are scaled, not clipped; transparent parts become white."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
@@ -206,26 +209,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]) -> Image.Image:
-    """Crop `box` (left, top, right, bottom) and resize it to `size` (side, or width and height), bicubic; returns RGB.
+def crop_resize(
+    image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]
+) -> Image.Image:
+    """Crop `box` (left, top, right, bottom) and resize it, bicubic, to `size`; returns RGB.
 
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the pixels wanted each way,
-    which is faster and hardly differs. `image` keeps its size, so that another view can be taken from it. An EXIF
-    rotation comes last, where it is cheapest: `box` is in the file's frame, `size` that of the upright result.
+    size: a side, or (width, height). A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long
+    as the crop keeps twice the pixels wanted each way, which is faster and hardly differs. `image`
+    keeps its size, so that another view can be taken from it. An EXIF rotation comes last, where it
+    is cheapest: `box` is in the file's frame, and `size` is the size of the upright result.
     """
     width, height = (size, size) if isinstance(size, int) else size
-    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)  # loading turns a TIFF upright
+    # Loading turns a TIFF upright.
+    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
     if orientation >= 5:  # lies on its side
         width, height = height, width
     scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
     if scale >= 2 and image.format in ("JPEG", "MPO") and image.filename:
-        full_width, image = image.width, Image.open(image.filename)  # since `draft` shrinks an image for good
-        drafted = image.draft(None, (math.ceil(image.width / scale), math.ceil(image.height / scale)))
-        if drafted:
+        full_width, image = image.width, Image.open(image.filename)  # `draft` shrinks for good
+        if drafted := image.draft(None, [math.ceil(side / scale) for side in image.size]):
             box = tuple(edge * drafted[1][2] / full_width for edge in box)
     image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     if orientation != 1:
-        image.info = {}  # exif_transpose would write all of a camera's tags again, and fail where one is odd
+        image.info = {}  # exif_transpose would write a camera's tags again, and fail at an odd one
         image.getexif()[0x0112] = orientation
         image = ImageOps.exif_transpose(image)
     return image
@@ -234,22 +240,23 @@ def crop_resize(image: Image.Image, box: tuple[float, float, float, float], size
 def random_resized_crop(
     image: Image.Image, size: int, rng: random.Random, scale: tuple[float, float] = (0.2, 1.0)
 ) -> Image.Image:
-    """Inception crop to (size, size): area a fraction in `scale`, log-uniform aspect in 3/4 .. 4/3, random place."""
+    """Inception crop to (size, size): area a fraction in `scale`, log-uniform aspect, any place."""
     width, height = image.size
     for _ in range(10):
-        area, aspect = width * height * rng.uniform(*scale), math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             break
     else:  # a very long image: its middle, as wide as the aspect allows
-        w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     return crop_resize(image, (left, top, left + w, top + h), size)
 
 
 def center_crop(image: Image.Image, size: int, ratio: float = 0.875) -> Image.Image:
-    """The evaluation view: short side to size / ratio (256 for 224), then the middle (size, size), as one resize."""
+    """The evaluation view: short side to size / ratio (256 for 224), then the middle square."""
     side = min(image.size) * size / round(size / ratio)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return crop_resize(image, (left, top, left + side, top + side), size)
@@ -266,56 +273,51 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def scale_pixels(images: Tensor) -> Tensor:
-    """uint8 0 .. 255 to float32 -1 .. 1 (mean and std 0.5): after the transfer, a quarter of the bytes to move."""
+    """uint8 0 .. 255 to float32 -1 .. 1; after the transfer, a quarter of the bytes to move."""
     return images.float().div_(127.5).sub_(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Fine-tuning augmentation: RandAugment per image on the host, then random erasing, then mixup or CutMix per batch
+# --------------------------------------------------------------------------------------------------
+# Fine-tuning augmentation: RandAugment per image, then random erasing and mixup or CutMix per batch
 
-FILL = (128, 128, 128)                 # the mean colour, normalised with mean 0.5: what a rotation or shift lays bare
+FILL = (128, 128, 128)                 # the mean colour, for what a rotation or shift lays bare
 RESAMPLE = Image.Resampling.BICUBIC    # as for the crop
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    """Move the pixels: output (x, y) shows input (a x + b y + c, d x + e y + f), for a matrix (a, b, c, d, e, f)."""
+    """Output (x, y) shows input (a x + b y + c, d x + e y + f), for a matrix (a, b, c, d, e, f)."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, RESAMPLE, fillcolor=FILL)
 
 
-# Each operation takes an RGB image, its severity m (magnitude / 10, from 0 to 1) and s, which is m or -m at random.
+# Operations take an RGB image, their severity m (magnitude / 10, 0 to 1), and s: m or -m at random.
 RAND_AUGMENT = {
-    "autocontrast": lambda image, m, s: ImageOps.autocontrast(image),
-    "equalize": lambda image, m, s: ImageOps.equalize(image),
-    "invert": lambda image, m, s: ImageOps.invert(image),
-    "rotate": lambda image, m, s: image.rotate(30 * s, RESAMPLE, fillcolor=FILL),
+    "autocontrast": lambda im, m, s: ImageOps.autocontrast(im),
+    "equalize": lambda im, m, s: ImageOps.equalize(im),
+    "invert": lambda im, m, s: ImageOps.invert(im),
+    "rotate": lambda im, m, s: im.rotate(30 * s, RESAMPLE, fillcolor=FILL),
     # not ImageOps.posterize: new Pillow's raises for 0 bits, which m = 1 asks for (a black image)
-    "posterize": lambda image, m, s: image.point(lambda value: value & ~(255 >> 4 - int(4 * m))),
-    "solarize": lambda image, m, s: ImageOps.solarize(image, 256 - int(256 * m)),
-    "solarize_add": lambda image, m, s: image.point(lambda value: value + int(110 * m) if value < 128 else value),
-    "colour": lambda image, m, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s),
-    "contrast": lambda image, m, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s),
-    "brightness": lambda image, m, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
-    "sharpness": lambda image, m, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
-    "shear_x": lambda image, m, s: _affine(image, 1, 0.3 * s, 0, 0, 1, 0),
-    "shear_y": lambda image, m, s: _affine(image, 1, 0, 0, 0.3 * s, 1, 0),
-    "translate_x": lambda image, m, s: _affine(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
-    "translate_y": lambda image, m, s: _affine(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
+    "posterize": lambda im, m, s: im.point(lambda v: v & ~(255 >> 4 - int(4 * m))),
+    "solarize": lambda im, m, s: ImageOps.solarize(im, 256 - int(256 * m)),
+    "solarize_add": lambda im, m, s: im.point(lambda v: v + int(110 * m) if v < 128 else v),
+    "colour": lambda im, m, s: ImageEnhance.Color(im).enhance(1 + 0.9 * s),
+    "contrast": lambda im, m, s: ImageEnhance.Contrast(im).enhance(1 + 0.9 * s),
+    "brightness": lambda im, m, s: ImageEnhance.Brightness(im).enhance(1 + 0.9 * s),
+    "sharpness": lambda im, m, s: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * s),
+    "shear_x": lambda im, m, s: _affine(im, 1, 0.3 * s, 0, 0, 1, 0),
+    "shear_y": lambda im, m, s: _affine(im, 1, 0, 0, 0.3 * s, 1, 0),
+    "translate_x": lambda im, m, s: _affine(im, 1, 0, 0.45 * s * im.width, 0, 1, 0),
+    "translate_y": lambda im, m, s: _affine(im, 1, 0, 0, 0, 1, 0.45 * s * im.height),
 }
 
 
 def rand_augment(
-    image: Image.Image,
-    rng: random.Random,
-    num_ops: int = 2,
-    magnitude: float = 9,
-    magnitude_std: float = 0.5,
-    probability: float = 0.5,
+    image: Image.Image, rng: random.Random, num_ops: int = 2, magnitude: float = 9,
+    magnitude_std: float = 0.5, probability: float = 0.5,
 ) -> Image.Image:
-    """Distort an image by `num_ops` operations drawn from RAND_AUGMENT (Cubuk et al. 2019, arXiv:1909.13719).
+    """Distort an 8-bit RGB image by RandAugment (Cubuk et al. 2019, arXiv:1909.13719).
 
-    Each is drawn uniformly, with replacement, and applied with `probability`, at a magnitude from a normal distribution
-    clipped to 0 .. 10. Takes and returns an 8-bit RGB image of the same size; the input stays as it is, and the same
-    state of `rng` gives the same result.
+    `num_ops` operations are drawn uniformly, with replacement. Each is applied with `probability`,
+    at a magnitude from a normal distribution clipped to 0 .. 10. The input stays as it is.
     """
     for _ in range(num_ops):
         operation = rng.choice(list(RAND_AUGMENT.values()))
@@ -326,64 +328,56 @@ def rand_augment(
 
 
 def random_erasing(
-    images: Tensor,
-    probability: float = 0.25,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-    generator: torch.Generator | None = None,
+    images: Tensor, probability: float = 0.25, area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3), generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill a rectangle of some images with standard normal noise, per pixel (Zhong et al. 2017, arXiv:1708.04896).
+    """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
 
-    Each image has one rectangle erased with `probability`: its `area` a uniform fraction of the image, its `aspect`
-    (height / width) log-uniform, its place uniform. Comes after normalisation, so that the noise looks like the data,
-    and before `mixup_cutmix`, so that labels are mixed by the pixels as they were before any noise.
+    Each image has one rectangle erased with `probability`: `area` is a uniform fraction of the
+    image, `aspect` (height / width) log-uniform, the place uniform. Comes after normalisation, so
+    that the noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by the
+    pixels as they were before any noise.
 
-    Takes and returns float (B, 3, H, W), on any device, without waiting for it; `generator` must be on the same one.
-    The input stays as it is.
+    Takes float (B, 3, H, W) on the device of `generator`; returns a copy without waiting for it.
     """
     B, _, H, W = images.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(shape, device=images.device).uniform_(low, high, generator=generator)
 
-    # Draw ten rectangles and take the first that fits: redrawing until one fits would wait for the device.
+    # The first of ten rectangles that fits is taken: redrawing would wait for the device.
     pixels = H * W * uniform(*area, B, 10)
     ratio = uniform(math.log(aspect[0]), math.log(aspect[1]), B, 10).exp()
-    height, width = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()             # (B, 10) each
+    height, width = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()  # (B, 10) each
     fits = (height < H) & (width < W)
-    first = fits.int().argmax(dim=1, keepdim=True)                                               # (B, 1)
-    height, width = height.gather(1, first), width.gather(1, first)                              # (B, 1) each
+    first = fits.int().argmax(dim=1, keepdim=True)                                    # (B, 1)
+    height, width = height.gather(1, first), width.gather(1, first)                   # (B, 1) each
     top = (uniform(0, 1, B, 1) * (H - height + 1)).floor()
     left = (uniform(0, 1, B, 1) * (W - width + 1)).floor()
 
     y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
-    inside_rows = (y >= top) & (y < top + height)                                                # (B, H)
-    inside_columns = (x >= left) & (x < left + width)                                            # (B, W)
-    chosen = fits.gather(1, first) & (uniform(0, 1, B, 1) < probability)                         # (B, 1)
-    erased = (inside_rows & chosen)[:, None, :, None] & inside_columns[:, None, None, :]         # (B, 1, H, W)
-    noise = torch.empty_like(images).normal_(generator=generator)                                # (B, 3, H, W)
+    in_rows = (y >= top) & (y < top + height)                                         # (B, H)
+    in_columns = (x >= left) & (x < left + width)                                     # (B, W)
+    chosen = fits.gather(1, first) & (uniform(0, 1, B, 1) < probability)              # (B, 1)
+    erased = (in_rows & chosen)[:, None, :, None] & in_columns[:, None, None, :]      # (B, 1, H, W)
+    noise = torch.empty_like(images).normal_(generator=generator)                     # (B, 3, H, W)
     return torch.where(erased, noise, images)
 
 
 def mixup_cutmix(
-    images: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    smoothing: float = 0.1,
-    rng: random.Random | None = None,
+    images: Tensor, labels: Tensor, num_classes: int, mixup: float = 0.8, cutmix: float = 1.0,
+    smoothing: float = 0.1, rng: random.Random | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mix each image i, and its label, with image B - 1 - i of the batch; comes after `random_erasing`.
+    """Mix each image i, and its label, with image B - 1 - i; comes after `random_erasing`.
 
-    The whole batch gets either mixup (Zhang et al. 2017, arXiv:1710.09412), which blends two images, or CutMix (Yun et
-    al. 2019, arXiv:1905.04899), which pastes a box of one into the other, each with probability 1/2. The share that an
-    image keeps is drawn once from Beta(a, a), a being `mixup` or `cutmix`; a box cut off by the border gives the share
-    it really leaves. mixup=0 always does CutMix, cutmix=0 always mixup; with both 0, images stay unmixed.
+    The whole batch gets, with equal probability, mixup (Zhang et al. 2017, arXiv:1710.09412), which
+    blends two images, or CutMix (Yun et al. 2019, arXiv:1905.04899), which pastes a box of one into
+    the other. The share that an image keeps is drawn from Beta(a, a), a being `mixup` or `cutmix`,
+    where 0 turns that one off; a box cut off by the border gives the share it really leaves.
 
-    Takes float images (B, 3, H, W) and int64 labels (B,) on any device, without waiting for it; returns images of
-    that shape and float32 targets (B, num_classes), each row adding up to 1: labels mixed likewise, with `smoothing`
-    spread over all classes. The inputs stay as they are. `rng` (None: seeded by the system) makes all the draws.
+    Takes float images (B, 3, H, W) and int64 labels (B,) on any device, without waiting for it, and
+    leaves them as they are. Returns images and float32 targets (B, num_classes): labels mixed
+    likewise, with `smoothing` spread over all classes. `rng` None is seeded by the system.
     """
     rng = rng or random.Random()
     share = 1.0
@@ -391,26 +385,26 @@ def mixup_cutmix(
         H, W = images.shape[-2:]
         side = math.sqrt(1 - rng.betavariate(cutmix, cutmix))
         height, width = int(H * side), int(W * side)
-        top, left = rng.randrange(H) - height // 2, rng.randrange(W) - width // 2   # the centre is uniform
-        rows, columns = slice(max(top, 0), min(top + height, H)), slice(max(left, 0), min(left + width, W))
-        partners = images.flip(0)
-        images = images.clone()
-        images[..., rows, columns] = partners[..., rows, columns]
-        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
+        top, left = rng.randrange(H) - height // 2, rng.randrange(W) - width // 2  # uniform centre
+        box = ..., slice(max(top, 0), top + height), slice(max(left, 0), left + width)
+        partners, images = images.flip(0), images.clone()
+        images[box] = partners[box]
+        share = 1 - images[0, 0][box].numel() / (H * W)
     elif mixup > 0:
         share = rng.betavariate(mixup, mixup)
         images = share * images + (1 - share) * images.flip(0)
 
-    targets = (1 - smoothing) * F.one_hot(labels, num_classes).float() + smoothing / num_classes   # (B, num_classes)
+    targets = F.one_hot(labels, num_classes).float()                  # (B, num_classes)
+    targets = (1 - smoothing) * targets + smoothing / num_classes
     return images, share * targets + (1 - share) * targets.flip(0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samples and batches
 
 
 def seed_from(*parts) -> int:
-    """A 63-bit seed from numbers and words. Other parts give another seed; a sum could give the same."""
+    """A 63-bit seed from numbers and words. Other parts give another seed; their sum might not."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
@@ -418,15 +412,17 @@ class Samples(torch.utils.data.Dataset):
     """Sample number `key` = epoch * len(source) + index: (*transform(image, rng), label).
 
     source: an `ImageFolder`, `Shapes`, or `Subset` of one.
-    transform: takes the opened image and a random.Random that knows only (seed, epoch, index); returns a tuple.
-    A file that can't be read is replaced by another, the same one in every run; with replace=False by a gray image
-    labelled -1, which evaluation leaves out.
-    broken: bool (len(source),), the files found unreadable so far. The loading workers share its memory.
+    transform: from the opened image and a random.Random of (seed, epoch, index) alone to a tuple.
+    A file that can't be read is replaced by another, the same one in every run; with replace=False
+    by a gray image labelled -1, which evaluation leaves out.
+    broken: bool (len(source),), the files found unreadable so far, in memory that workers share.
     reported: bool (len(source),), the broken files that the user has been told of.
     """
 
-    def __init__(self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0,
-                 replace: bool = True):
+    def __init__(
+        self, source, transform: Callable[[Image.Image, random.Random], tuple], seed: int = 0,
+        replace: bool = True,
+    ):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
         self.reported = self.broken.clone()
@@ -444,11 +440,11 @@ class Samples(torch.utils.data.Dataset):
         epoch, wanted = divmod(key, len(self))
         index = wanted
         for attempt in range(10 if self.replace else 1):
-            # seeded by `wanted`: with `index`, two broken files could replace each other again and again
+            # With `index` in place of `wanted`, two broken files could replace each other forever.
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
                 return *self.transform(self.source.open(index), rng), int(self.source.labels[index])
-            except Exception:  # Pillow has a dozen kinds for a bad file; the training loop counts them and stops early
+            except Exception:  # Pillow has a dozen kinds; the training loop counts and stops early
                 self.broken[index] = True
                 index = rng.randrange(len(self))
         gray = Image.new("RGB", (64, 64), "gray")
@@ -456,17 +452,21 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Batches(torch.utils.data.Sampler):
-    """Keys (for `Samples`) of this process's batches, from optimizer step `start` to the end of training.
+    """Keys of `Samples` in this process's batches, from step `start` to the end of training.
 
-    One stream over all epochs: workers never run dry at the end of an epoch, and a run can go on from any step, which
-    torch's DistributedSampler can't. Each epoch is a permutation, cut into global batches of `batch_size`; the rest is
-    dropped. A global batch is cut into accum_steps, and each of those is dealt out to the processes.
+    One stream over all epochs: workers never run dry at the end of an epoch, and a run can go on
+    from any optimizer step, which torch's DistributedSampler can't. Each epoch is a permutation,
+    cut into global batches of `batch_size`; the rest is dropped. A global batch is cut into
+    accum_steps, and each of those is dealt out to the processes.
     """
 
-    def __init__(self, length: int, batch_size: int, epochs: int, seed: int = 0, start: int = 0, accum_steps: int = 1,
-                 rank: int = 0, world_size: int = 1):
-        self.length, self.batch_size, self.epochs, self.seed, self.start = length, batch_size, epochs, seed, start
-        self.accum_steps, self.rank, self.world_size = accum_steps, rank, world_size
+    def __init__(
+        self, length: int, batch_size: int, epochs: int, seed: int = 0, start: int = 0,
+        accum_steps: int = 1, rank: int = 0, world_size: int = 1,
+    ):
+        self.length, self.batch_size, self.epochs = length, batch_size, epochs
+        self.seed, self.start, self.accum_steps = seed, start, accum_steps
+        self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = length // batch_size
 
     def __len__(self) -> int:

@@ -1,8 +1,10 @@
-"""BootMAE: Bootstrapped Masked Autoencoders (Dong et al., ECCV 2022, arXiv 2207.07116). Needs only torch.
+"""BootMAE: Bootstrapped Masked Autoencoders (Dong et al., ECCV 2022, arXiv 2207.07116).
 
-Read from the top: attention and blocks, the ViT, the decoder with feature injection, and `BootMAE.forward`, which is
-the paper's figure of the architecture. Shapes: B images, N patches of p x p pixels and C channels, V of them visible,
-M = N - V masked; encoder width D, decoder width d. CLS is always token 0, so an encoder sequence is 1 + V long.
+Read from the top: attention and blocks, the ViT, the decoder with feature injection, and
+`BootMAE.forward`, which is the paper's figure of the architecture. Needs only torch.
+
+Shapes: B images, N patches of p x p pixels and C channels, V of them visible, M = N - V masked;
+encoder width D, decoder width d. CLS is always token 0, so an encoder sequence is 1 + V long.
 """
 import argparse
 import copy
@@ -23,60 +25,67 @@ SIZES = {  # name: keyword arguments of ViT and BootMAE
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Patches and positions
 
 
 def patch_grid(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches for `img_size`, a side or (height, width). ValueError if a patch does not fit."""
+    """Rows and columns of patches for a side or (height, width). ValueError unless they fit."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
-        raise ValueError(f"image size {height} x {width} is not divisible by patch_size {patch_size}")
+        raise ValueError(f"image size {height} x {width} is not divisible "
+                         f"by patch_size {patch_size}")
     return height // patch_size, width // patch_size
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, C, H, W) into patches (B, N, C*p*p), row by row; a patch is laid out channel first, (C, p, p)."""
+    """Cut (B, C, H, W) into patches (B, N, C*p*p), row by row; a patch is laid out (C, p, p)."""
     rows, columns = patch_grid(images.shape[2:], patch_size)
-    x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))   # (B, C, rows, p, columns, p)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                        # (B, N, C*p*p)
+    x = images.unflatten(2, (rows, -1)).unflatten(4, (columns, -1))    # (B, C, rows, p, columns, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)        # (B, N, C*p*p)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Undo `patchify`: (B, N, C*p*p) -> (B, C, H, W)."""
-    x = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid)          # (B, rows, columns, C, p, p)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)                        # (B, C, H, W)
+    x = patches.unflatten(1, grid)                                     # (B, rows, columns, C*p*p)
+    x = x.unflatten(3, (-1, patch_size, patch_size))                   # (B, rows, columns, C, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)        # (B, C, H, W)
 
 
 def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sin-cos positions, float32 (1, 1 + N, embed_dim): zeros for CLS, then [sin r, cos r, sin c, cos c]."""
+    """Fixed 2-D sin-cos positions, float32 (1, 1 + N, embed_dim).
+
+    CLS has zeros, a patch in row r and column c [sin r, cos r, sin c, cos c] of D/4 frequencies.
+    """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, as the sin-cos positions need")
-    omega = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))   # (D/4,)
+        raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, "
+                         "as the sin-cos positions need")
+    quarter = embed_dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)      # (D/4,)
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    r, c = row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega                             # (N, D/4)
-    table = torch.cat([r.sin(), r.cos(), c.sin(), c.cos()], dim=1)                               # (N, D)
-    return F.pad(table, (0, 0, 1, 0)).float()[None]                                              # (1, 1+N, D)
+    r, c = row.reshape(-1, 1) * omega, column.reshape(-1, 1) * omega                # (N, D/4)
+    table = torch.cat([r.sin(), r.cos(), c.sin(), c.cos()], dim=1)                  # (N, D)
+    return F.pad(table, (0, 0, 1, 0)).float()[None]                                 # (1, 1+N, D)
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Interpolate a position table (1, 1 + rows * columns, D) bicubically to another grid; CLS stays as it is."""
+    """Interpolate positions (1, 1 + rows * columns, D), all but CLS's, to another grid; bicubic."""
     if tuple(grid) == tuple(new_grid):
         return table
-    cls, patches = table[:, :1], table[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)             # (1, D, rows, columns)
-    patches = F.interpolate(patches, new_grid, mode="bicubic", align_corners=False)
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+    x = table[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)         # (1, D, rows, columns)
+    x = F.interpolate(x, new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], x.flatten(2).transpose(1, 2)], dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Transformer blocks. Their names, and so the keys in a state_dict, are timm's.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(w)) v for q (B, h, T, w), k and v (B, h, S, w).
+    """softmax(q k^T / sqrt(w)) v for h heads of width w: q (B, h, T, w), k and v (B, h, S, w).
 
-    Uses torch's fused kernel, except in bfloat16 on a CPU, where that kernel is 2 to 16 times slower than
-    the plain products (torch 2.13, 26 to 577 tokens).
+    This is torch's fused kernel, except in bfloat16 on a CPU, where that kernel is 2 to 16 times
+    slower than the plain products (torch 2.13, 26 to 577 tokens).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
@@ -86,8 +95,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention to a context of width `context_dim`.
 
-    A head is floor(dim / num_heads) wide, and num_heads need not divide dim: the published ViT-B regressor
-    has 12 heads of 42 at width 512, so its q, k and v are 504 wide.
+    A head is floor(dim / num_heads) wide, and num_heads need not divide dim: the published ViT-B
+    regressor has 12 heads of 42 at width 512, so its q, k and v are 504 wide.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
@@ -104,17 +113,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, T, dim) -> (B, T, dim); cross-attention also takes a context (B, S, context_dim).
-
-        h is the number of heads, w the width of one.
-        """
+        """x (B, T, dim) -> (B, T, dim); cross-attention also has a context (B, S, context_dim)."""
         if context is None:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)                               # (B, T, h*w) each
+            q, k, v = self.qkv(x).chunk(3, dim=-1)                  # (B, T, h*w) each
         else:
-            q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)             # (B, T, h*w), (B, S, h*w) twice
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))   # (B, h, T or S, w)
-        x = attend(q, k, v)                                                      # (B, h, T, w)
-        return self.proj(x.transpose(1, 2).flatten(2))                           # (B, T, dim)
+            q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)    # (B, T, h*w), (B, S, h*w) twice
+        # Heads become a dimension: (B, h, T or S, w) each.
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = attend(q, k, v)                                         # (B, h, T, w)
+        return self.proj(x.transpose(1, 2).flatten(2))              # (B, T, dim)
 
 
 class Mlp(nn.Module):
@@ -128,7 +135,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, D) -> (B, T, D); `drop_path` is the chance that a sample skips a branch."""
+    """Pre-norm block, (B, T, D) -> (B, T, D). Samples skip a branch with probability drop_path."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -141,7 +148,7 @@ class Block(nn.Module):
     def drop(self, branch: Tensor) -> Tensor:
         if not self.training or not self.drop_path:
             return branch
-        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)              # (B, 1, 1)
+        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)   # (B, 1, 1)
         return branch * keep / (1 - self.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,10 +157,10 @@ class Block(nn.Module):
 
 
 class DecoderBlock(Block):
-    """A block with feature injection: cross-attention to encoder features between self-attention and MLP.
+    """A block with feature injection: cross-attention between self-attention and MLP.
 
-    Queries come from all tokens of the decoder (CLS, visible, masked), keys and values from the encoder's CLS and
-    visible tokens. With context_dim None there is no injection: a plain block.
+    Queries come from all tokens of the decoder (CLS, visible, masked), keys and values from the
+    encoder's CLS and visible tokens. With context_dim None there is no injection: a plain block.
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None):
@@ -175,12 +182,9 @@ class DecoderBlock(Block):
 def init_weights(module: nn.Module) -> None:
     """Xavier-uniform matrices, zero biases.
 
-    `nn.Module.apply` visits children first, so the case of Attention overwrites the weights of its Linears.
+    `nn.Module.apply` visits children first, so an Attention overwrites the weights of its Linears.
     """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):  # the patch embedding, a linear map of a patch
+    if isinstance(module, nn.Linear | nn.Conv2d):  # the patch embedding is a linear map of a patch
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
     elif isinstance(module, Attention):  # q, k and v share a Linear, but each is its own matrix
@@ -189,12 +193,12 @@ def init_weights(module: nn.Module) -> None:
             nn.init.xavier_uniform_(matrix)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The encoder
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, n, C*p*p) -> (B, n, D). Stored as a convolution's weight, as in timm's files."""
+    """Linear map of patches (B, n, C*p*p) -> (B, n, D), stored as timm stores it: a convolution."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -205,23 +209,18 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al., 2021) with fixed sin-cos positions; the state_dict is timm's.
+    """Vision Transformer (Dosovitskiy et al., 2021) with fixed sin-cos positions.
 
-    img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a classifier, with
-    `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly from 0 in the first block to its
-    value in the last. Images are float (B, in_chans, H, W) in [-1, 1].
-    Raises ValueError unless img_size is divisible by patch_size, and embed_dim by 4 and by num_heads.
+    The state_dict is timm's. Images are float (B, in_chans, H, W) in [-1, 1].
+    img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a
+    classifier, with `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly
+    from 0 in the first block to its value in the last.
+    Raises ValueError unless img_size is divisible by patch_size, embed_dim by 4 and by num_heads.
     """
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        num_classes: int = 0,
-        drop_path: float = 0.0,
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768,
+        depth: int = 12, num_heads: int = 12, num_classes: int = 0, drop_path: float = 0.0,
         in_chans: int = 3,
     ):
         super().__init__()
@@ -233,13 +232,9 @@ class ViT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid))
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
-        if num_classes:
-            self.norm = nn.Identity()
-            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
-            self.head = nn.Linear(embed_dim, num_classes)
-        else:
-            self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-            self.fc_norm = self.head = nn.Identity()
+        norm, nothing = nn.LayerNorm(embed_dim, eps=1e-6), nn.Identity()
+        self.norm, self.fc_norm = (nothing, norm) if num_classes else (norm, nothing)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nothing
 
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=1e-6)  # near zero: its content comes through attention
@@ -248,25 +243,22 @@ class ViT(nn.Module):
             self.head.weight.data.mul_(0.001)
 
     def encode(
-        self,
-        patches: Tensor,
-        keep: Tensor | None = None,
-        taps: tuple[int, ...] = (),
+        self, patches: Tensor, keep: Tensor | None = None, taps: tuple[int, ...] = (),
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the blocks over patches (B, N, C*p*p), or over only those whose indices are in keep (B, V) int64.
+        """Run the blocks over patches (B, N, C*p*p), or over those with indices keep (B, V) int64.
 
-        Returns the last block's tokens (B, 1 + V, D), before the final norm, and a dict of the tokens after each
-        block numbered in `taps` (the first block is 1). V is N without `keep`. `grid` is the grid of the patches
-        if it is not the model's; positions are then interpolated.
+        Returns the last block's tokens (B, 1 + V, D), before the final norm, and a dict of the
+        tokens after each block numbered in `taps` (the first block is 1). V is N without `keep`.
+        `grid` is the patches' if it is not the model's; positions are then interpolated.
         """
-        positions = resize_positions(self.pos_embed, self.grid, grid or self.grid)    # (1, 1+N, D)
-        cls, positions = self.cls_token + positions[:, :1], positions[:, 1:]          # (1, 1, D), (1, N, D)
+        pos = resize_positions(self.pos_embed, self.grid, grid or self.grid)  # (1, 1+N, D)
+        cls, pos = self.cls_token + pos[:, :1], pos[:, 1:]                    # (1, 1, D), (1, N, D)
         if keep is not None:
-            patches = torch.take_along_dim(patches, keep[:, :, None], dim=1)          # (B, V, C*p*p)
-            positions = positions[0, keep]                                            # (B, V, D)
-        x = self.patch_embed(patches) + positions                                     # (B, V, D)
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)                         # (B, 1+V, D)
+            patches = patches.take_along_dim(keep[:, :, None], dim=1)         # (B, V, C*p*p)
+            pos = pos[0, keep]                                                # (B, V, D)
+        x = self.patch_embed(patches) + pos                                   # (B, V, D)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)                 # (B, 1+V, D)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
@@ -275,24 +267,24 @@ class ViT(nn.Module):
         return x, tapped
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes), or without a head to the mean patch token (B, D)."""
+        """Images (B, C, H, W) to logits (B, num_classes), or to the mean patch token (B, D)."""
         if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            sides = tuple(side * self.patch_size for side in self.grid)
-            raise ValueError(f"images are {tuple(images.shape[2:])}; this ViT takes {sides}: build it with img_size=")
-        x, _ = self.encode(patchify(images, self.patch_size))                         # (B, 1+N, D)
+            given, sides = tuple(images.shape[2:]), tuple(n * self.patch_size for n in self.grid)
+            raise ValueError(f"images are {given}; this ViT takes {sides}: build it with img_size=")
+        x, _ = self.encode(patchify(images, self.patch_size))                 # (B, 1+N, D)
         return self.head(self.fc_norm(self.norm(x)[:, 1:].mean(dim=1)))
 
     def feature_maps(self, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
-        """Outputs of the blocks numbered in `blocks` (from 1) as maps (B, D, H/p, W/p), for dense prediction.
+        """Outputs of the blocks numbered in `blocks` (from 1), for dense prediction.
 
-        The image size may be any that patch_size divides: positions are interpolated. Gradients flow. UperNet
-        and Mask R-CNN need four strides. With patches of 16, these layers, one for each map, give strides 4, 8,
-        16 and 32:
+        They are maps (B, D, H/p, W/p). The image size may be any that patch_size divides: positions
+        are interpolated. Gradients flow. UperNet and Mask R-CNN need four strides. With patches of
+        16, these layers, one for each map, give strides 4, 8, 16 and 32:
 
             up = lambda: nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2)
             nn.Sequential(up(), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)
 
-        Raises ValueError for a block that is not there, or an image that patch_size does not divide.
+        Raises ValueError for a block that is not there, or an image size that does not divide.
         """
         grid = patch_grid(images.shape[2:], self.patch_size)
         if not all(1 <= number <= len(self.blocks) for number in blocks):
@@ -301,25 +293,19 @@ class ViT(nn.Module):
         return [tapped[number][:, 1:].transpose(1, 2).unflatten(2, grid) for number in blocks]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BootMAE
 
 
 class Decoder(nn.Module):
-    """Predicts the masked patches. The pixel regressor and the feature predictor are both a Decoder.
+    """Predicts the masked patches: the pixel regressor and the feature predictor are Decoders.
 
     context_dim is the width of the features injected into each block, or None for no injection.
     """
 
     def __init__(
-        self,
-        grid: tuple[int, int],
-        in_dim: int,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        out_dim: int,
-        context_dim: int | None,
+        self, grid: tuple[int, int], in_dim: int, dim: int, depth: int, num_heads: int,
+        out_dim: int, context_dim: int | None,
     ):
         super().__init__()
         self.embed = nn.Linear(in_dim, dim)
@@ -332,184 +318,183 @@ class Decoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, latent: Tensor, context: Tensor | None, masked: Tensor) -> Tensor:
-        """latent (B, 1+V, D), context likewise, masked (B, M) patch indices -> predictions (B, M, out_dim).
+        """latent (B, 1+V, D), context likewise, masked (B, M) int64 -> predictions (B, M, out_dim).
 
-        The mask tokens are appended to the visible ones: attention does not depend on the order of tokens.
+        The mask tokens are appended to the visible ones: attention knows no order.
         """
-        visible = self.embed(latent)                              # (B, 1+V, d), positions come with the latent
-        holes = self.mask_token + self.pos_embed[0, 1:][masked]   # (B, M, d), one token, M positions
-        x = torch.cat([visible, holes], dim=1)                    # (B, 1+N, d)
+        visible = self.embed(latent)                             # (B, 1+V, d), with its positions
+        holes = self.mask_token + self.pos_embed[0, 1:][masked]  # (B, M, d), one token, M positions
+        x = torch.cat([visible, holes], dim=1)                   # (B, 1+N, d)
         for block in self.blocks:
             x = block(x, context)
-        return self.head(self.norm(x[:, visible.shape[1]:]))      # (B, M, out_dim)
+        return self.head(self.norm(x[:, visible.shape[1]:]))     # (B, M, out_dim)
 
 
 def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
-    """Normalise each channel of each patch by its own mean and biased variance: (..., C*p*p) to the same shape.
+    """Normalise each channel of each patch (..., C*p*p) by its own mean and biased variance.
 
-    MAE normalises over all C*p*p values; doing it per channel removes the local colour from the target too.
+    MAE normalises over all C*p*p values; per channel, the target loses the local colour as well.
     """
     x = patches.unflatten(-1, (-1, patch_size**2))                # (..., C, p*p)
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    return ((x - mean) / (variance + 1e-5).sqrt()).flatten(-2)
+    return ((x - mean) / (variance + 1e-5).sqrt()).flatten(-2)    # (..., C*p*p)
 
 
 def standardize(features: Tensor) -> Tensor:
-    """LayerNorm without parameters over the last dimension, in float32; feature_loss compares its outputs."""
+    """LayerNorm without parameters over the last dimension, in float32."""
     return F.layer_norm(features.float(), features.shape[-1:], eps=1e-6)
 
 
 def loss_weight(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weight of each patch in the losses: w = m * avg3(m) + m, where avg3 is a 3 x 3 mean with zero padding.
+    """Weight of each patch in the losses: m * avg3(m) + m, avg3 being a zero-padded 3 x 3 mean.
 
-    The middle of a masked region, the hardest to fill in, weighs most: 2. A masked patch alone weighs 1 + 1/9, a
-    visible one 0. Takes bool (B, rows * columns), returns float32 of that shape. Raises ValueError on another shape.
+    The middle of a masked region, the hardest to fill in, weighs most: 2. A masked patch alone
+    weighs 1 + 1/9, a visible one 0. Takes bool (B, rows * columns), returns float32 of that shape.
+    Raises ValueError on another shape.
     """
-    if mask.ndim != 2 or mask.shape[1] != grid[0] * grid[1]:
-        needed = f"a {grid[0]} x {grid[1]} grid needs (B, {grid[0] * grid[1]})"
+    rows, columns = grid
+    if mask.ndim != 2 or mask.shape[1] != rows * columns:
+        needed = f"a {rows} x {columns} grid needs (B, {rows * columns})"
         raise ValueError(f"mask has shape {tuple(mask.shape)}; {needed}")
     m = mask.float().unflatten(1, grid)                           # (B, rows, columns)
-    around = F.avg_pool2d(m[:, None], 3, stride=1, padding=1)     # (B, 1, rows, columns), the padding counts
+    around = F.avg_pool2d(m[:, None], 3, stride=1, padding=1)     # (B, 1, rows, columns)
     return (m * around[:, 0] + m).flatten(1)                      # (B, N)
 
 
 class Output(NamedTuple):
-    """What `BootMAE.forward` returns. The predictions are for the masked patches, in ascending order."""
+    """What `BootMAE.forward` returns. The predictions are for the masked patches, in order."""
 
     pixel_loss: Tensor         # scalar
     feature_loss: Tensor       # scalar, 0 without a feature target
     pixels: Tensor             # (B, M, C*p*p), normalised as `normalize_patches` does
-    features: Tensor | None    # (B, M, D), the predicted teacher features; None without a feature target
-    masked: Tensor             # (B, M) int64, the indices of these patches
+    features: Tensor | None    # (B, M, D), the predicted teacher features, or None without a target
+    masked: Tensor             # (B, M) int64, the indices of these patches, ascending
 
 
 class BootMAE(nn.Module):
-    """Pretraining model: `.encoder`, its EMA copy `.teacher`, and the decoders `.regressor` and `.predictor`.
+    """Pretraining: `.encoder`, its EMA copy `.teacher`, decoders `.regressor` and `.predictor`.
 
-    img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor is embed_dim wide.
-    decoder_num_heads: the encoder's if None. The paper's ablations:
-    inject: the encoder blocks whose output the regressor and the predictor attend to (first is 1, last is -1, 0: none).
-    feature_target: False leaves out teacher and predictor.
+    img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor
+    is embed_dim wide. decoder_num_heads: the encoder's if None. The paper's ablations:
+    inject: the encoder blocks that the regressor and the predictor attend to (the first is 1, the
+    last is -1, 0 is none). feature_target: False leaves out teacher and predictor.
     weighted_loss: False gives every masked patch weight 1.
-    With inject=(0, 0) and both flags False this is MAE with three differences: pixels are normalised per
-    channel, the decoder is shallower, and it adds positions to the mask tokens only.
-    Raises ValueError for sizes that do not fit (see `ViT`), a width not divisible by 4 or a block that is not there.
+    With inject=(0, 0) and both flags False this is MAE with three differences: pixels are
+    normalised per channel, the decoder is shallower, and it adds positions to the mask tokens only.
+    Raises ValueError for sizes that do not fit (see `ViT`), a decoder_dim not divisible by 4, or a
+    block that is not there.
     """
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_dim: int = 512,
-        decoder_depth: int = 2,
-        decoder_num_heads: int | None = None,
-        inject: tuple[int, int] = (1, -1),
-        feature_target: bool = True,
-        weighted_loss: bool = True,
-        in_chans: int = 3,
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768,
+        depth: int = 12, num_heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 2,
+        decoder_num_heads: int | None = None, inject: tuple[int, int] = (1, -1),
+        feature_target: bool = True, weighted_loss: bool = True, in_chans: int = 3,
     ):
         super().__init__()
         if not all(-1 <= number <= depth for number in inject):
-            raise ValueError(f"inject {tuple(inject)}: blocks are numbered 1 to {depth}; -1 is the last, 0 is none")
+            raise ValueError(f"inject {tuple(inject)}: blocks are numbered 1 to {depth}; "
+                             "-1 is the last, 0 is none")
         self.encoder = ViT(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
-        self.patch_size, self.grid, self.weighted_loss = patch_size, self.encoder.grid, weighted_loss
+        self.patch_size, self.weighted_loss = patch_size, weighted_loss
+        self.grid = self.encoder.grid
         self.inject = tuple(depth if number == -1 else number for number in inject)
-        contexts = [embed_dim if number else None for number in self.inject]
-        heads = decoder_num_heads or num_heads
+        shallow, deep = (embed_dim if number else None for number in self.inject)
+        heads, pixels = decoder_num_heads or num_heads, in_chans * patch_size**2
         self.regressor = Decoder(
-            self.grid, embed_dim, decoder_dim, decoder_depth, heads, in_chans * patch_size**2, contexts[0]
-        )
+            self.grid, embed_dim, decoder_dim, decoder_depth, heads, pixels, shallow)
         self.predictor = self.teacher = None
         if feature_target:
-            self.predictor = Decoder(self.grid, embed_dim, embed_dim, decoder_depth, heads, embed_dim, contexts[1])
+            self.predictor = Decoder(
+                self.grid, embed_dim, embed_dim, decoder_depth, heads, embed_dim, deep)
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor) -> Output:
-        """Losses for images, float (B, C, H, W) in [-1, 1], under a mask, bool (B, N), True = masked: see `Output`.
+        """Losses for float images (B, C, H, W) in [-1, 1] under a mask, bool (B, N), True = masked.
 
-        Every row of the mask must hide the same number of patches. Checking a mask on the CPU costs no GPU sync.
-        Raises ValueError for images or a mask of another shape, dtype or count.
+        Every row of the mask must hide the same number of patches. Checking a mask on the CPU costs
+        no GPU sync. Raises ValueError for images or a mask of another shape, dtype or count.
         """
-        visible, masked = self.split(images, mask)                                            # (B, V), (B, M) indices
-        patches = patchify(images, self.patch_size)                                           # (B, N, C*p*p)
-        masked_patches = torch.take_along_dim(patches, masked[:, :, None], dim=1)             # (B, M, C*p*p)
-        weight = self.masked_weight(mask.to(images.device, non_blocking=True), masked)        # (B, M, 1)
+        visible, masked = self.split(images, mask)                             # (B, V), (B, M)
+        index = masked[:, :, None]                                             # (B, M, 1)
+        patches = patchify(images, self.patch_size)                            # (B, N, C*p*p)
+        masked_patches = patches.take_along_dim(index, dim=1)                  # (B, M, C*p*p)
+        weight = self.masked_weight(mask, masked)                              # (B, M, 1)
 
         # Encoder: sees the visible patches alone. Two taps lead to the decoders.
-        last, tapped = self.encoder.encode(patches, visible, taps=self.inject)                # (B, 1+V, D)
-        shallow, deep = (tapped.get(number) for number in self.inject)                        # (B, 1+V, D) or None
-        latent = self.encoder.norm(last)                                                      # (B, 1+V, D)
+        last, tapped = self.encoder.encode(patches, visible, self.inject)      # (B, 1+V, D)
+        shallow, deep = (tapped.get(number) for number in self.inject)         # (B, 1+V, D) or None
+        latent = self.encoder.norm(last)                                       # (B, 1+V, D)
 
         # Pixel regressor: the low-level target, with shallow features injected.
-        pixels = self.regressor(latent, shallow, masked)                                      # (B, M, C*p*p)
-        pixel_target = normalize_patches(masked_patches, self.patch_size)                     # (B, M, C*p*p)
-        # A mean over the masked patches. The paper's mean over all, divided by mean(m), is the same: the rest weighs 0.
+        pixels = self.regressor(latent, shallow, masked)                       # (B, M, C*p*p)
+        pixel_target = normalize_patches(masked_patches, self.patch_size)      # (B, M, C*p*p)
+        # A mean over the masked patches. The paper's mean over all, divided by mean(m), is the
+        # same: the rest weighs 0.
         pixel_loss = (weight * (pixels.float() - pixel_target) ** 2).mean()
 
         features, feature_loss = None, torch.zeros_like(pixel_loss)
         if self.teacher is not None:
             # Feature predictor: the high-level target, with deep features injected.
-            features = self.predictor(latent, deep, masked)                                   # (B, M, D)
-            # Momentum teacher: sees the whole image. `standardize` takes the place of its final norm, without a learned
-            # scale that could shrink the target.
+            features = self.predictor(latent, deep, masked)                    # (B, M, D)
+            # Momentum teacher: sees the whole image. `standardize` takes the place of its final
+            # norm, without a learned scale that could shrink the target.
             with torch.no_grad():
-                taught, _ = self.teacher.encode(patches)                                      # (B, 1+N, D)
-                feature_target = torch.take_along_dim(taught[:, 1:], masked[:, :, None], 1)   # (B, M, D)
-            feature_loss = (weight * (standardize(features) - standardize(feature_target)) ** 2).mean()
+                taught, _ = self.teacher.encode(patches)                       # (B, 1+N, D)
+                feature_target = taught[:, 1:].take_along_dim(index, dim=1)    # (B, M, D)
+            error = standardize(features) - standardize(feature_target)        # (B, M, D)
+            feature_loss = (weight * error**2).mean()
 
         return Output(pixel_loss, feature_loss, pixels, features, masked)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * encoder, in one pass over the memory. After each step."""
+        """After each step: teacher = momentum * teacher + (1 - momentum) * encoder, in one pass."""
         if self.teacher is not None:
-            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
+            teacher, encoder = list(self.teacher.parameters()), list(self.encoder.parameters())
+            torch._foreach_lerp_(teacher, encoder, 1 - momentum)
 
-    @torch.compiler.disable  # not compiled: V and M depend on the mask's values, compiled shapes are static
+    @torch.compiler.disable  # compiled shapes are static, V and M depend on the mask
     def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the visible patches (B, V) and of the masked ones (B, M), int64, on the images' device."""
+        """Indices of the visible (B, V) and masked patches (B, M), int64, on the images' device."""
         shape = (len(images), self.grid[0] * self.grid[1])
         if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            sides = tuple(side * self.patch_size for side in self.grid)
-            raise ValueError(f"images are {tuple(images.shape[2:])}; this model was built for {sides}")
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool {shape}, True = masked")
+            given, sides = tuple(images.shape[2:]), tuple(n * self.patch_size for n in self.grid)
+            raise ValueError(f"images are {given}; this model was built for {sides}")
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; "
+                             f"it must be torch.bool {shape}, True = masked")
         low, high = torch.stack(mask.sum(dim=1).aminmax()).tolist()
         if low != high or not 0 < low < shape[1]:
-            raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; each must hide the same "
-                             f"number, 1 to {shape[1] - 1}")
+            raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; "
+                             f"each must hide the same number, 1 to {shape[1] - 1}")
         mask = mask.to(images.device, non_blocking=True)
-        order = mask.byte().argsort(dim=1, stable=True)                                       # (B, N), visible first
+        order = mask.byte().argsort(dim=1, stable=True)   # (B, N), the visible ones first
         return order[:, :-low], order[:, -low:]
 
     def masked_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
         """Loss weights of the masked patches (B, M, 1): `loss_weight`'s, or all 1."""
-        weight = loss_weight(mask, self.grid) if self.weighted_loss else mask.float()         # (B, N)
+        mask = mask.to(masked.device, non_blocking=True)
+        weight = loss_weight(mask, self.grid) if self.weighted_loss else mask.float()  # (B, N)
         return weight.take_along_dim(masked, dim=1)[:, :, None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights from files: this project's encoder.pt, checkpoint.pt and best.pt, the authors', MAE's and timm's
+# --------------------------------------------------------------------------------------------------
+# Weights from files: this project's, the authors', MAE's and timm's
 
 
 def load_vit(
-    path: str,
-    img_size: int | tuple[int, int] | None = None,
-    num_classes: int | None = None,
-    drop_path: float = 0.0,
-    teacher: bool = False,
+    path: str, img_size: int | tuple[int, int] | None = None, num_classes: int | None = None,
+    drop_path: float = 0.0, teacher: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> ViT:
     """A ViT of the sizes found in a file of weights, in evaluation mode.
 
-    path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE, or timm's
-    state_dict of a plain ViT. img_size: None takes the file's; for any other, positions are interpolated.
-    num_classes: None takes the file's (an encoder if it has no head), another number a new head, 0 no head.
-    teacher: take the teacher's weights from a pretraining checkpoint. report: called with a line that says what was
-    loaded, left out and new.
+    path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE,
+    or timm's state_dict of a plain ViT. img_size: None takes the file's; for any other, positions
+    are interpolated. num_classes: None takes the file's (an encoder if it has no head), another
+    number a new head, 0 no head. teacher: take the teacher's weights from a pretraining checkpoint.
+    report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
     """
     state = read_weights(path, teacher)
@@ -526,29 +511,33 @@ def load_vit(
 
 
 def read_file(path: str) -> dict:
-    """Read a dict of tensors and plain values. ValueError, naming the file, if it can't be read or holds code."""
+    """A dict of tensors and plain values. ValueError names a file that is bad or holds code."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # for the authors' arguments
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch.load has a kind for each way in which a file can be bad
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise ValueError(f"{path} is damaged or no plain file of tensors, and was left as it is ({reason})") from error
+        raise ValueError(f"{path} is damaged or no plain file of tensors, "
+                         f"and was left as it is ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state_dict of a ViT")
     return content
 
 
 def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
-    """A ViT's state_dict from any file that `load_vit` takes; it may hold keys of other parts as well."""
+    """A ViT's state_dict from any file that `load_vit` takes; it may hold other keys as well."""
     content = read_file(path)
     state = content.get("model") or content.get("module") or content
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state_dict of a ViT")
     if any(key.endswith("q_bias") for key in state):  # the authors' layout
         if teacher and not content.get("model_ema"):
-            raise ValueError(f"{path} was saved without a teacher (no model_ema); leave --teacher out")
+            raise ValueError(f"{path} was saved without a teacher (no model_ema); "
+                             "leave --teacher out")
         try:
             state = from_official(content)
         except (ValueError, KeyError) as error:
@@ -557,19 +546,20 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
     if any(key.startswith("encoder.") for key in state):
         if not any(key.startswith(part) for key in state):
             raise ValueError(f"{path} was pretrained without a teacher; leave --teacher out")
-        state = {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+        state = {key.removeprefix(part): x for key, x in state.items() if key.startswith(part)}
     elif teacher:
-        raise ValueError(f"{path} holds no teacher; a checkpoint.pt of train.py or of the authors does")
+        raise ValueError(f"{path} holds no teacher; "
+                         "a checkpoint.pt of train.py or of the authors does")
     return state
 
 
 def sizes_of(state: dict[str, Tensor], path: str) -> dict:
-    """Keyword arguments of the `ViT` that a state_dict belongs to; img_size is None if N is not a square number."""
+    """Keyword arguments of a state_dict's `ViT`; img_size is None if N is not a square number."""
     if any(key.startswith("features.encoder.") for key in state):
         raise ValueError(f"{path} is of a linear probe; give the encoder that it was trained on")
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
-    if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"{path} fits no ViT: it has no {missing[0]}")
+    for key in "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight":
+        if key not in state:
+            raise ValueError(f"{path} fits no ViT: it has no {key}")
     try:
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         _, num_positions, _ = state["pos_embed"].shape
@@ -578,13 +568,15 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
         raise ValueError(f"{path} fits no ViT: its tensors have other names or shapes") from error
     known = {(size["embed_dim"], size["depth"]): size for size in SIZES.values()}
     if (embed_dim, depth) not in known:  # the number of heads is in no file
-        raise ValueError(f"{path} has {depth} blocks of width {embed_dim}; none of model.py's SIZES has: add a line")
+        raise ValueError(f"{path} has {depth} blocks of width {embed_dim}; "
+                         "none of model.py's SIZES has: add a line")
     side = math.isqrt(num_positions - 1)
+    head = "head.weight" in state and "fc_norm.weight" in state
     return dict(
         img_size=side * patch_size if side * side + 1 == num_positions else None,
         patch_size=patch_size,
         **known[embed_dim, depth],
-        num_classes=len(state["head.weight"]) if "head.weight" in state and "fc_norm.weight" in state else 0,
+        num_classes=len(state["head.weight"]) if head else 0,
         in_chans=in_chans,
     )
 
@@ -592,48 +584,56 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
 def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
     """Copy what fits into `vit`; returns a line on what was loaded, left out and new.
 
-    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has parts, such as
-    layer scale, that `vit` lacks, so that it would be another network.
+    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has
+    parts, such as layer scale, that `vit` lacks, so that it would be another network.
     """
     own, state, note = vit.state_dict(), dict(state), ""
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    square = side * side + 1 == state["pos_embed"].shape[1]  # so has a 2 x 8 grid, which must not be interpolated
-    if square and (side, side) != vit.grid and not torch.equal(state["pos_embed"], own["pos_embed"]):
-        state["pos_embed"] = resize_positions(state["pos_embed"].float(), (side, side), vit.grid)
+    positions = state["pos_embed"]
+    side = math.isqrt(positions.shape[1] - 1)
+    square = side * side + 1 == positions.shape[1]  # so has 2 x 8, which must stay as it is
+    if square and (side, side) != vit.grid and not torch.equal(positions, own["pos_embed"]):
+        state["pos_embed"] = resize_positions(positions.float(), (side, side), vit.grid)
         note = f"; positions interpolated from {side} x {side} to {vit.grid[0]} x {vit.grid[1]}"
-    loaded = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    loaded = {key: x for key, x in state.items() if key in own and own[key].shape == x.shape}
     left_out, new = sorted(state.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
     for key in new:
         if not key.startswith(("norm.", "fc_norm.", "head.")):
             raise ValueError(f"{path} does not fit: {key} is missing or has another shape")
     for key in left_out:
         if key.startswith(("blocks.", "norm_pre.", "reg_token")):
-            raise ValueError(f"{path} does not fit: it has {key}, which this ViT lacks, so it would be another network")
+            raise ValueError(f"{path} does not fit: it has {key}, which this ViT lacks, "
+                             "so it would be another network")
     vit.load_state_dict(loaded, strict=False)
 
     def names(keys: list[str]) -> str:
-        return (", ".join(keys[:6]) or "nothing") + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+        return (", ".join(keys[:6]) or "nothing") + more
 
-    return f"{path}: {len(loaded)} tensors loaded; left out: {names(left_out)}; new: {names(new)}{note}"
+    summary = f"{len(loaded)} tensors loaded; left out: {names(left_out)}; new: {names(new)}"
+    return f"{path}: {summary}{note}"
 
 
 def from_official(checkpoint: dict) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors' code (github LightDXY/BootMAE), or its weights alone, into our state_dict.
+    """Turn a checkpoint of the authors' code, or its weights alone, into our state_dict.
 
-    A pretraining checkpoint gives one for `BootMAE` (the teacher is 'model_ema', where there is one), a fine-tuned one
-    for a `ViT` with a head. Raises ValueError naming a key that belongs to neither.
+    Their code is github LightDXY/BootMAE. A pretraining checkpoint gives one for `BootMAE` (the
+    teacher is 'model_ema', where there is one), a fine-tuned one for a `ViT` with a head.
+    Raises ValueError naming a key that belongs to neither.
     """
-    theirs = checkpoint.get("model") or checkpoint.get("module") or checkpoint     # 'module' is DeepSpeed's name
-    if "head.weight" in theirs:
-        return _merge_biases(theirs)
+    # DeepSpeed says 'module'.
+    theirs = checkpoint.get("model") or checkpoint.get("module") or checkpoint
     ours = _merge_biases(theirs)
+    if "head.weight" in theirs:
+        return ours
     average = _merge_biases(checkpoint["model_ema"]) if checkpoint.get("model_ema") else ours
 
+    # Names of the parts of their decoders, which end in _1 for the feature predictor, and ours.
+    parts = dict(mask_token="mask_token", down="embed", decode_norm="norm", decode_blocks="blocks")
+    layers = dict(norm3="norm_query", norm4="norm_context", c_attn="cross_attn")
     renamed = {}
     for key, value in ours.items():
         part, _, rest = key.partition(".")
         name = part.removesuffix("_1")
-        decoder = "regressor" if name == part else "predictor"
         if part in ("patch_embed", "cls_token", "blocks", "norm", "pos_embed"):
             renamed[f"encoder.{key}"] = value
             renamed[f"teacher.{key}"] = average[key]
@@ -641,20 +641,15 @@ def from_official(checkpoint: dict) -> dict[str, Tensor]:
                 renamed["predictor.pos_embed"] = value
         elif part == "de_pos_embed":
             renamed["regressor.pos_embed"] = value
-        elif name == "mask_token":
-            renamed[f"{decoder}.mask_token"] = value
-        elif name == "down":
-            renamed[f"{decoder}.embed.{rest}"] = value
-        elif name == "decode_norm":
-            renamed[f"{decoder}.norm.{rest}"] = value
-        elif name == "decode_blocks":
-            for old, new in ("norm3.", "norm_query."), ("norm4.", "norm_context."), ("c_attn.", "cross_attn."):
-                rest = rest.replace(old, new)
-            renamed[f"{decoder}.blocks.{rest}"] = value
-        elif key == "lm_head.proj.weight":  # transposed convolution (d, C, p, p) -> linear map (C*p*p, d)
+        elif name in parts:
+            decoder = "regressor" if name == part else "predictor"
+            words = [layers.get(word, word) for word in key.split(".")[1:]]
+            renamed[".".join([decoder, parts[name], *words])] = value
+        elif key == "lm_head.proj.weight":  # transposed convolution (d, C, p, p) -> map (C*p*p, d)
             renamed["regressor.head.weight"] = value.flatten(1).T.contiguous()
         elif key == "lm_head.proj.bias":    # one value a channel -> one a pixel
-            renamed["regressor.head.bias"] = value.repeat_interleave(math.prod(ours["lm_head.proj.weight"].shape[2:]))
+            pixels = math.prod(ours["lm_head.proj.weight"].shape[2:])
+            renamed["regressor.head.bias"] = value.repeat_interleave(pixels)
         elif part == "lm_head_1":
             renamed[f"predictor.head.{rest}"] = value
         else:
@@ -663,12 +658,12 @@ def from_official(checkpoint: dict) -> dict[str, Tensor]:
 
 
 def _merge_biases(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the authors' q_bias and v_bias by the bias of the Linear that they belong to; k's is zero."""
-    merged = {key: value for key, value in theirs.items() if not key.endswith(("q_bias", "v_bias"))}
-    for key, q_bias in theirs.items():
+    """Replace the authors' q_bias and v_bias by the bias of their Linear, in which k's is zero."""
+    merged = dict(theirs)
+    for key in theirs:
         if key.endswith("q_bias"):
             attention = key.removesuffix("q_bias")
-            v_bias = theirs[attention + "v_bias"]
+            q_bias, v_bias = merged.pop(key), merged.pop(attention + "v_bias")
             zero = torch.zeros_like(v_bias)
             if attention + "qkv.weight" in theirs:
                 merged[attention + "qkv.bias"] = torch.cat([q_bias, zero, v_bias])
