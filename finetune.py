@@ -1,14 +1,15 @@
-"""Classify images with a pretrained encoder: fine-tuning, linear probe, k-NN, evaluation, prediction.
+"""Classify images with a pretrained encoder: fine-tuning, probe, k-NN, evaluation, prediction.
 
-    python finetune.py                                              built-in images, the encoder of `python train.py`
+    python finetune.py                                     built-in images, train.py's encoder
     torchrun --nproc_per_node=8 finetune.py --data imagenet --init output/imagenet/encoder.pt
-    ... --linear                                                    linear probe of the frozen encoder
-    ... --knn                                                       nearest neighbours, no training at all
-    ... --eval --init output/imagenet_finetune/best.pt              top-1 and top-5 of a classifier
+    ... --linear                                           linear probe of the frozen encoder
+    ... --knn                                              nearest neighbours, no training at all
+    ... --eval --init output/imagenet_finetune/best.pt     top-1 and top-5 of a classifier
     python finetune.py --predict DIR --init output/imagenet_finetune/best.pt
 
---data holds train/ and val/ (or test/), each with a folder for each class. --init takes this project's encoder.pt,
-checkpoint.pt and best.pt, the authors' files, MAE's, and timm's ViT state dicts; the network has the sizes found there.
+--data holds train/ and val/ (or test/), each with a folder for each class. --init takes this
+project's encoder.pt, checkpoint.pt and best.pt, the authors' files, MAE's, and timm's ViT state
+dicts; the network has the sizes found there.
 """
 import argparse
 import copy
@@ -20,8 +21,8 @@ import json
 import math
 import os
 import random
-import unicodedata
 from collections.abc import Iterator
+from unicodedata import combining, normalize
 
 import numpy as np
 import torch
@@ -33,110 +34,116 @@ from tqdm import tqdm
 
 import data
 from model import SIZES, ViT, load_vit, patchify, standardize
-from train import Meter, Parser, Run, add_run_flags, cosine_lr, fail, launch, number, one_line_errors, parse_recipe
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag beats the recipe, and the recipe beats the defaults, which are those of ViT-B on ImageNet
+from train import (
+    Meter, Parser, Run, add_run_flags, cosine_lr, fail, launch, number, one_line_errors,
+    parse_recipe,
+)
 
+# --------------------------------------------------------------------------------------------------
+# Settings: a flag beats the recipe, and that beats the defaults, which are for ViT-B on ImageNet
+
+# PLAIN has no augmentation but crop and flip; SHORT is for a small network and few images.
+PLAIN = dict(drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0)
+SHORT = PLAIN | dict(model="nano", batch_size=32, epochs=40, warmup_epochs=4, layer_decay=0.75,
+                     model_ema=0.99, crop_ratio=1.0)
 RECIPES = {
     "imagenet": dict(model="base", img_size=224, patch_size=16, batch_size=2048, crop_ratio=0.875),
-    "imagenet_large": dict(
-        model="large", img_size=224, patch_size=16, batch_size=1024, crop_ratio=0.875, epochs=50, warmup_epochs=5,
-        lr=1.5e-3, layer_decay=0.75,
-    ),
-    "cifar10": dict(
-        model="small", img_size=32, patch_size=4, batch_size=512, lr=1e-3, warmup_epochs=5, layer_decay=0.75,
-        crop_scale=(0.4, 1.0), crop_ratio=1.0, model_ema=0.999,
-    ),
-    "photos": dict(
-        model="nano", img_size=96, patch_size=12, batch_size=32, crop_ratio=1.0, epochs=40, warmup_epochs=4, lr=1e-3,
-        layer_decay=0.75, drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0, crop_scale=(0.4, 1.0),
-        model_ema=0.99,
-    ),
-    "shapes": dict(
-        model="nano", img_size=64, patch_size=8, epochs=40, batch_size=32, lr=2e-3, warmup_epochs=4, layer_decay=0.75,
-        drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0, crop_scale=(0.6, 1.0), crop_ratio=1.0,
-        model_ema=0.99, labels_per_class=20,
-    ),
+    "imagenet_large": dict(model="large", img_size=224, patch_size=16, batch_size=1024, epochs=50,
+                           lr=1.5e-3, warmup_epochs=5, layer_decay=0.75, crop_ratio=0.875),
+    "cifar10": dict(model="small", img_size=32, patch_size=4, batch_size=512, lr=1e-3,
+                    warmup_epochs=5, layer_decay=0.75, model_ema=0.999, crop_scale=(0.4, 1.0),
+                    crop_ratio=1.0),
+    "photos": SHORT | dict(img_size=96, patch_size=12, lr=1e-3, crop_scale=(0.4, 1.0)),
+    "shapes": SHORT | dict(img_size=64, patch_size=8, lr=2e-3, crop_scale=(0.6, 1.0),
+                           labels_per_class=20),
 }
-PROBE = dict(  # the linear probe of the paper: LARS, no weight decay, no augmentation but crop and flip
-    lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90, batch_size=16384, weight_decay=0.0, drop_path=0.0,
-    mixup=0.0, cutmix=0.0, smoothing=0.0, rand_augment=0.0, erasing=0.0, model_ema=0.0, layer_decay=1.0,
-)
-LINEAR = {
-    "imagenet": RECIPES["imagenet"] | PROBE | dict(depth=9),
-    "imagenet_large": RECIPES["imagenet_large"] | PROBE | dict(depth=18, epochs=50, base_lr=0.07),
-    "cifar10": RECIPES["cifar10"] | PROBE | dict(depth=9, batch_size=2048),
-    "photos": RECIPES["photos"] | PROBE | dict(batch_size=64, epochs=30, base_lr=40.0, warmup_epochs=3),
-    "shapes": RECIPES["shapes"] | PROBE | dict(batch_size=64, epochs=60, base_lr=160.0, warmup_epochs=5),
-}
+PROBE = PLAIN | dict(  # the linear probe of the paper, which LARS trains
+    lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90, batch_size=16384,
+    weight_decay=0.0, smoothing=0.0, model_ema=0.0, layer_decay=1.0)
+LINEAR = {name: RECIPES[name] | PROBE | own for name, own in {
+    "imagenet": dict(depth=9),
+    "imagenet_large": dict(depth=18, epochs=50, base_lr=0.07),
+    "cifar10": dict(depth=9, batch_size=2048),
+    "photos": dict(batch_size=64, epochs=30, base_lr=40.0, warmup_epochs=3),
+    "shapes": dict(batch_size=64, epochs=60, base_lr=160.0, warmup_epochs=5),
+}.items()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data", help="folder with train/ and val/ or test/; without it, built-in images")
-    add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
-    add("--init", help="file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
-    add("--teacher", action="store_true", help="--init: take the teacher's weights, not the student's")
-    add("--scratch", action="store_true", help="random weights instead of --init")
-    add("--linear", action="store_true", help="train a linear layer on the frozen encoder")
-    add("--knn", action="store_true", help="classify by nearest neighbours; no training")
-    add("--neighbours", type=number(1, kind=int), default=20, help="--knn: how many")
-    add("--eval", action="store_true", help="only evaluate the classifier in --init")
-    add("--predict", metavar="DIR", help="classify all images in a folder with the classifier in --init")
-    add("--model", choices=SIZES, help="--scratch: size of the network; otherwise the file decides")
-    add("--patch_size", type=number(1, kind=int), help="--scratch: side of a patch; otherwise the file decides")
-    add("--img_size", type=number(1, kind=int), help="side of the square input; without it, as in the file")
-    add("--depth", type=number(0, kind=int), default=0, help="--linear, --knn: use the output of this block, from 1 "
-        "(0: the last)")
-    add("--epochs", type=number(1, kind=int), default=100, help="length of the run")
-    add("--warmup_epochs", type=number(0), default=20, help="linear warm-up from 0; its share of the run is kept "
-        "where --epochs changes")
-    add("--batch_size", type=number(1, kind=int), help="images a step, over processes and --accum_steps")
-    add("--lr", type=number(0), default=5e-3, help="peak learning rate (0: take --base_lr)")
-    add("--base_lr", type=number(0), default=0.0, help="peak learning rate for 256 images; scales with --batch_size")
-    add("--min_lr", type=number(0), default=1e-6, help="learning rate at the end, or the peak if that is lower")
-    add("--weight_decay", type=number(0), default=0.05, help="not on biases, norms and CLS token")
-    add("--betas", type=number(0, 0.9999999), nargs=2, default=(0.9, 0.999), help="of AdamW")
-    add("--layer_decay", type=number(1e-3, 1), default=0.6, help="the learning rate shrinks by this from a block to "
-        "the one below")
-    add("--drop_path", type=number(0, 0.99), default=0.1, help="chance to skip a branch, in the last block")
-    add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.08, 1.0), help="area of a random crop")
-    add("--rand_augment", type=number(0, 10), default=9.0, help="magnitude (0: off)")
-    add("--erasing", type=number(0, 1), default=0.25, help="probability of random erasing")
-    add("--mixup", type=number(0), default=0.8, help="alpha of mixup (0: off)")
-    add("--cutmix", type=number(0), default=1.0, help="alpha of CutMix (0: off)")
-    add("--smoothing", type=number(0, 1), default=0.1, help="label smoothing")
-    add("--model_ema", type=number(0, 0.9999999), default=0.9998, help="momentum of the averaged model (0: none)")
-    add("--labels_per_class", type=number(0, kind=int), default=0, help="use so many training images of each class "
-        "(0: all)")
-    add("--crop_ratio", type=number(0.05, 1), help="evaluation: the centre crop's share of the short side")
-    add("--num_val", type=number(1, kind=int), default=1200, help="how many built-in validation images")
-    add("--eval_every", type=number(1, kind=int), default=1, help="epochs between evaluations")
+    whole, positive = number(0, kind=int), number(1, kind=int)
+
+    def switch(flag: str, what: str) -> None:
+        parser.add_argument(flag, action="store_true", help=what)
+
+    def add(flag: str, what: str, kind=str, default=None, **more) -> None:
+        parser.add_argument(flag, type=kind, default=default, help=what, **more)
+
+    add("--data", "folder with train/ and val/ or test/; without it, built-in images")
+    add("--recipe", "imagenet with --data, else shapes", choices=RECIPES)
+    add("--init", "file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
+    switch("--teacher", "--init: take the teacher's weights, not the student's")
+    switch("--scratch", "random weights instead of --init")
+    switch("--linear", "train a linear layer on the frozen encoder")
+    switch("--knn", "classify by nearest neighbours; no training")
+    add("--neighbours", "--knn: how many", positive, 20)
+    switch("--eval", "only evaluate the classifier in --init")
+    add("--predict", "classify all images in a folder with the classifier in --init", metavar="DIR")
+    add("--model", "--scratch: size of the network; otherwise the file decides", choices=SIZES)
+    add("--patch_size", "--scratch: side of a patch; otherwise the file decides", positive)
+    add("--img_size", "side of the square input; without it, as in the file", positive)
+    add("--depth", "--linear, --knn: use the output of this block, from 1 (0: the last)", whole, 0)
+    add("--epochs", "length of the run", positive, 100)
+    add("--warmup_epochs", "linear warm-up from 0; its share of the run is kept where --epochs "
+        "changes", number(0), 20)
+    add("--batch_size", "images a step, over processes and --accum_steps", positive)
+    add("--lr", "peak learning rate (0: take --base_lr)", number(0), 5e-3)
+    add("--base_lr", "peak learning rate for 256 images; scales with --batch_size", number(0), 0.0)
+    add("--min_lr", "learning rate at the end, or the peak if that is lower", number(0), 1e-6)
+    add("--weight_decay", "not on biases, norms and CLS token", number(0), 0.05)
+    add("--betas", "of AdamW", number(0, 0.9999999), (0.9, 0.999), nargs=2)
+    add("--layer_decay", "the learning rate shrinks by this from a block to the one below",
+        number(1e-3, 1), 0.6)
+    add("--drop_path", "chance to skip a branch, in the last block", number(0, 0.99), 0.1)
+    add("--crop_scale", "area of a random crop", number(1e-6, 1), (0.08, 1.0), nargs=2)
+    add("--rand_augment", "magnitude (0: off)", number(0, 10), 9.0)
+    add("--erasing", "probability of random erasing", number(0, 1), 0.25)
+    add("--mixup", "alpha of mixup (0: off)", number(0), 0.8)
+    add("--cutmix", "alpha of CutMix (0: off)", number(0), 1.0)
+    add("--smoothing", "label smoothing", number(0, 1), 0.1)
+    add("--model_ema", "momentum of the averaged model (0: none)", number(0, 0.9999999), 0.9998)
+    add("--labels_per_class", "use so many training images of each class (0: all)", whole, 0)
+    add("--crop_ratio", "evaluation: the centre crop's share of the short side", number(0.05, 1))
+    add("--num_val", "how many built-in validation images", positive, 1200)
+    add("--eval_every", "epochs between evaluations", positive, 1)
     add_run_flags(parser)
     given = parser.parse_args(argv)
     args = parse_recipe(parser, LINEAR if given.linear else RECIPES, argv)
 
-    for flag in ("predict", "init"):
+    for flag, what in ("predict", "folder of images"), ("init", "file"):
         if getattr(args, flag) == "":
-            fail(f"--{flag} is empty: name a {'folder of images' if flag == 'predict' else 'file'}")
+            fail(f"--{flag} is empty: name a {what}")
     modes = [mode for mode in ("linear", "knn", "eval", "predict") if getattr(args, mode)]
     if len(modes) > 1:
         fail(f"--{' and --'.join(modes)} are different things to do: give one")
     args.mode = modes[0] if modes else "finetune"
     if args.scratch and (args.init or args.teacher or args.mode in ("eval", "predict")):
-        fail("--scratch starts from random weights: leave out --init, --teacher, --eval and --predict, or --scratch")
+        fail("--scratch starts from random weights: leave out --init, --teacher, --eval and "
+             "--predict, or --scratch")
     if not args.scratch:
         args.init = os.path.abspath(args.init or os.path.join("output", args.recipe, "encoder.pt"))
         if not os.path.exists(args.init):
-            fail(f"--init: there is no {args.init}; run train.py, name a file, or take --scratch for random weights")
+            fail(f"--init: there is no {args.init}; run train.py, name a file, or take --scratch "
+                 "for random weights")
         if given.model or given.patch_size:
-            fail(f"--model and --patch_size are for --scratch: with --init the file decides ({args.init})")
+            fail("--model and --patch_size are for --scratch: with --init the file decides "
+                 f"({args.init})")
         args.img_size = given.img_size
         if args.mode in ("eval", "predict") and given.crop_ratio is None:
             with one_line_errors():
-                args.crop_ratio = (read_beside(args.init, "config.json", dict) or {}).get("crop_ratio", args.crop_ratio)
+                config = read_beside(args.init, "config.json", dict) or {}
+            args.crop_ratio = config.get("crop_ratio", args.crop_ratio)
     if given.depth and args.mode not in ("linear", "knn"):
         fail(f"--depth {given.depth}: only --linear and --knn cut the encoder")
     if args.linear and args.model_ema:
@@ -144,16 +151,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_given = given.batch_size is not None
     if args.mode == "predict":  # beside the classifier's own folder
         args.out = args.out or os.path.dirname(args.init) + "_predict"
-    args.out = args.out or os.path.join("output", f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}")
+    name = f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}"
+    args.out = args.out or os.path.join("output", name)
     return args
 
 
-# Settings that a resumed run must not change
-FIXED = ("data", "init", "teacher", "scratch", "linear", "depth", "model", "img_size", "patch_size", "num_classes",
-         "labels_per_class", "seed")
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Views of an image, layer-wise learning rates
+# --------------------------------------------------------------------------------------------------
+# Views of an image
 
 
 def train_view(image: Image.Image, rng: random.Random, args: argparse.Namespace) -> tuple:
@@ -169,23 +173,7 @@ def eval_view(image: Image.Image, rng: random.Random, args: argparse.Namespace) 
     return (data.to_tensor(data.center_crop(image, args.img_size, args.crop_ratio)),)
 
 
-def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Optimizer groups for layer-wise decay: embeddings are layer 0, block i layer i + 1, the head depth + 1.
-
-    A group's learning rate is scaled by layer_decay ** (depth + 1 - layer); biases, norms and CLS token do not decay.
-    """
-    last, groups = len(model.blocks) + 1, {}
-    for name, p in model.named_parameters():
-        layer = 0 if name.startswith(("cls_token", "patch_embed")) else last
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
-        spared = p.ndim == 1 or name == "cls_token"
-        scale = layer_decay ** (last - layer)
-        new_group = dict(params=[], weight_decay=0.0 if spared else weight_decay, lr_scale=scale)
-        groups.setdefault((layer, spared), new_group)["params"].append(p)
-    return list(groups.values())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fine-tuning, and the linear probe, whose loop is the same
 
 
@@ -196,61 +184,63 @@ def main(args: argparse.Namespace) -> None:
     with one_line_errors():  # wrong flags or data end the run here, before anything is written
         train, val = open_images(args)
         args.num_classes = num_classes = len(train.classes)
-        model = build_model(run, num_classes)
+        if absent := [name for n, name in enumerate(train.classes) if n not in val.labels]:
+            run.print("warning: no validation image of:", *absent[:8])
+        model = build_model(run, num_classes).to(run.device)
         if args.mode in ("finetune", "linear"):
             fit_batch(len(train), run)
     val = eval_samples(val, args)
     if args.mode == "eval":
-        return run.print(json.dumps(evaluate([model.to(run.device)], val, run)[0]))
+        return run.print(json.dumps(evaluate([model], val, run)[0]))
     if args.mode == "knn":
-        return run.print(json.dumps(classify_by_neighbours(model.to(run.device), eval_samples(train, args), val, run)))
+        train = eval_samples(train, args)
+        return run.print(json.dumps(classify_by_neighbours(model, train, val, run)))
 
     samples = data.Samples(train, functools.partial(train_view, args=args), args.seed)
     steps_per_epoch = len(train) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     peak_lr = args.lr or args.base_lr * args.batch_size / 256
-
-    model.to(run.device)
     if args.linear:
         optimizer = LARS(model.head.parameters(), weight_decay=args.weight_decay)
     else:
         groups = layer_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=args.betas, fused=True)
-    average = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
     meter = Meter(run, "loss")
-
     parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, samples=samples)
-    if average is not None:
-        parts["average"] = average
+    if args.model_ema:
+        parts["average"] = copy.deepcopy(model).requires_grad_(False)
+    average = parts.get("average")
+
     start = run.resume(parts, FIXED, steps_per_epoch)
-    run.begin(start, total_steps, f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes")
+    what = f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes"
+    run.begin(start, total_steps, what)
     if start < total_steps:
         run.save(json.dumps(train.classes).encode(), "classes.json")
     network = run.wrap(model)
-    batches = iter(run.loader(samples, data.Batches(
-        len(train), args.batch_size, args.epochs, args.seed, start, args.accum_steps, run.rank, run.world_size)))
+    keys = data.Batches(len(train), args.batch_size, args.epochs, args.seed, start,
+                        args.accum_steps, run.rank, run.world_size)
+    batches = iter(run.loader(samples, keys))
 
     model.train()
     for step in (bar := run.bar(start, total_steps)):
-        epoch = step // steps_per_epoch
         lr = cosine_lr(step / total_steps, args.warmup_epochs / args.epochs, peak_lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        torch.manual_seed(data.seed_from(args.seed, "noise", step, run.rank))     # for drop path and erasing
+        torch.manual_seed(data.seed_from(args.seed, "noise", step, run.rank))  # drop path, erasing
 
         # Forward and backward, in parts that fit into memory
         for part in range(args.accum_steps):
-            images, labels = next(batches)                                        # uint8 (b, 3, H, W), int64 (b,)
+            images, labels = next(batches)              # uint8 (b, 3, H, W), int64 (b,)
             images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
             if args.erasing:
                 images = data.random_erasing(images, args.erasing)
             rng = random.Random(f"{args.seed} mix {step} {part} {run.rank}")
-            images, targets = data.mixup_cutmix(                                  # targets: (b, num_classes)
+            images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
                 images, labels, num_classes, args.mixup, args.cutmix, args.smoothing, rng)
-            network.require_backward_grad_sync = part == args.accum_steps - 1     # DDP averages gradients once a step
+            network.require_backward_grad_sync = part == args.accum_steps - 1  # when DDP averages
             with run.autocast():
-                logits = network(images)                                          # (b, num_classes)
+                logits = network(images)                # (b, num_classes)
             loss = F.cross_entropy(logits.float(), targets)
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(loss)
@@ -260,106 +250,124 @@ def main(args: argparse.Namespace) -> None:
         scaler.update()
         optimizer.zero_grad()
         if average is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - args.model_ema)
+            weights = [p.detach() for p in model.parameters()]
+            torch._foreach_lerp_(list(average.parameters()), weights, 1 - args.model_ema)
 
         # Read the loss only every --log_every steps: reading it waits for the device
         done = step + 1
         if done % args.log_every == 0:
-            losses = meter.look()
+            bar.set_postfix(meter.look(), lr=lr, refresh=False)
             run.check_scale(scaler)
             run.report_broken(samples)
-            bar.set_postfix(losses, lr=lr, refresh=False)
-        if done % steps_per_epoch == 0:
+        epoch, rest = divmod(done, steps_per_epoch)
+        if rest == 0:
             run.check_weights(model, done)
             values = meter.means() | dict(lr=lr)
-            if done == total_steps or (epoch + 1) % args.eval_every == 0:
+            if done == total_steps or epoch % args.eval_every == 0:
                 values |= evaluate_and_keep_the_best(model, average, val, run)
-            run.log_epoch(done, epoch + 1, values, samples)
+            run.log_epoch(done, epoch, values, samples)
             meter.reset()
-            if done == total_steps or (epoch + 1) % args.save_every == 0:
+            if done == total_steps or epoch % args.save_every == 0:
                 run.save_checkpoint(parts, done, steps_per_epoch)
         if run.stop_asked():
             run.check_weights(model, done)
             run.save_checkpoint(parts, done, steps_per_epoch)
             run.stop(done)
-    run.print(f"best top-1 {best_top1(run.log):.2f} %; {args.out} holds best.pt, checkpoint.pt, log.jsonl, curves.png "
-              "and predictions.png")
+    run.print(f"best top-1 {best_top1(run.log):.2f} %; {args.out} holds best.pt, checkpoint.pt, "
+              "log.jsonl, curves.png and predictions.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# A resumed run must not change these settings.
+FIXED = ("data", "init", "teacher", "scratch", "linear", "depth", "model", "img_size", "patch_size",
+         "num_classes", "labels_per_class", "seed")
+
+
+def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Optimizer groups for layer-wise decay of the learning rate.
+
+    The embeddings are layer 0, block i is layer i + 1, norm and head are the last, layer depth + 1.
+    Each layer has layer_decay times the rate of the next. Biases, norms and CLS token do not decay.
+    """
+    last, groups = len(model.blocks) + 1, {}
+    for name, p in model.named_parameters():
+        layer = 0 if name.startswith(("cls_token", "patch_embed")) else last
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        spared = p.ndim == 1 or name == "cls_token"
+        scale = layer_decay ** (last - layer)
+        new = dict(params=[], weight_decay=0.0 if spared else weight_decay, lr_scale=scale)
+        groups.setdefault((layer, spared), new)["params"].append(p)
+    return list(groups.values())
+
+
+# --------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
 def evaluate(models: list[nn.Module], samples: data.Samples, run: Run) -> list[dict[str, float]]:
-    """For each model: the number of readable images, and top1 and top5 over them in per cent.
-
-    All models share one pass over the images, because loading may take longest.
-    """
+    """`accuracy` of each model. The models share one pass, because loading may take longest."""
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=run.device)
-    for model in models:
-        model.eval()
+    models = nn.ModuleList(models).eval()
     for images, labels in eval_batches(samples, run):
         images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
         for model, count in zip(models, counts):
             with run.autocast():
-                logits = model(images)                                                # (b, num_classes)
-            count += count_correct(logits.topk(min(5, logits.shape[1]), dim=1).indices, labels)
-    for model in models:
-        model.train()
+                logits = model(images)                                       # (b, num_classes)
+            count += count_correct(logits, labels)
+    models.train()
     return [accuracy(count, run) for count in counts]
 
 
-EVAL_BATCH = 128
-
-
 def eval_samples(source, args: argparse.Namespace) -> data.Samples:
-    """The images of a source as evaluation sees them: the middle, and label -1 for an image that can't be read."""
+    """The middles of a source's images; an image that can't be read has label -1."""
     return data.Samples(source, functools.partial(eval_view, args=args), replace=False)
 
 
 def eval_batches(samples: data.Samples, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of this process's share: images uint8 (b, 3, H, W), labels (b,). Unreadable images are left out.
+    """Batches of this process's share: images uint8 (b, 3, H, W), labels (b,).
 
-    Each process takes every world_size-th image. Nothing is padded, so each image counts once. At the end
-    the names of unreadable images are printed, if they were not before.
+    Each process takes every world_size-th image. Nothing is padded, so each image counts once.
+    Unreadable images are left out; at the end their names are printed, if they were not before.
     """
     run.join()
     mine = range(run.rank, len(samples), run.world_size)
-    batches = [list(mine[i : i + EVAL_BATCH]) for i in range(0, len(mine), EVAL_BATCH)]
-    bar = tqdm(run.loader(samples, batches), leave=False, disable=None if run.is_main else True)
-    for images, labels in bar:
+    loader = run.loader(samples, torch.utils.data.BatchSampler(mine, 128, drop_last=False))
+    for images, labels in tqdm(loader, leave=False, disable=None if run.is_main else True):
         yield images[labels >= 0], labels[labels >= 0]
     if run.report_broken(samples, most=1.0) == len(samples):
-        fail(f"no image could be read of {len(samples)}, for example {samples.source.name(0)!r}", code=1)
+        fail(f"no image could be read of {len(samples)}, for example {samples.source.name(0)!r}",
+             code=1)
 
 
 def to_device(images: Tensor, run: Run) -> Tensor:
     return data.scale_pixels(images.to(run.device, non_blocking=True))
 
 
-def count_correct(ranking: Tensor, labels: Tensor) -> Tensor:
-    """Counts (3,): rows of `ranking` (b, up to 5), best class first, that are right in the first place, in any, all."""
+def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Counts (3,): rows of `scores` (b, num_classes) right in first place, in the best 5, all."""
+    ranking = scores.topk(min(5, scores.shape[1]), dim=1).indices            # (b, up to 5)
     right = ranking == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
 
 
 def accuracy(counts: Tensor, run: Run) -> dict[str, float]:
-    """Images, top1 and top5 in per cent over all processes, from the counts of `count_correct` in each."""
+    """Sum `count_correct` over all processes: number of images, top1 and top5 in per cent."""
     top1, top5, images = run.all_reduce_sum(counts).tolist()
     return dict(images=images, top1=100 * top1 / max(images, 1), top5=100 * top5 / max(images, 1))
 
 
 def best_top1(log: list[dict]) -> float:
-    return max((max(line["top1"], line.get("top1_ema", 0)) for line in log if "top1" in line), default=-1.0)
+    return max((line.get(key, -1.0) for line in log for key in ("top1", "top1_ema")), default=-1.0)
 
 
 def evaluate_and_keep_the_best(
     model: nn.Module, average: nn.Module | None, val: data.Samples, run: Run
 ) -> dict[str, float]:
-    """Evaluate the model and its average; save the better of the two as best.pt if it is better than any before."""
-    average_statistics(model, run)
+    """Evaluate the model and its average; the better is best.pt if it beats all before."""
+    for module in model.modules():  # each process has seen its own share of the images
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean = run.all_reduce_sum(module.running_mean) / run.world_size
+            module.running_var = run.all_reduce_sum(module.running_var) / run.world_size
     values, *of_average = evaluate([model] if average is None else [model, average], val, run)
     if of_average:
         values |= dict(top1_ema=of_average[0]["top1"], top5_ema=of_average[0]["top5"])
@@ -371,12 +379,12 @@ def evaluate_and_keep_the_best(
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Linear probe and k-NN
 
 
 class Features(nn.Module):
-    """Frozen encoder cut after block `depth`: the mean of its patch tokens, standardised. (B, C, H, W) -> (B, D)."""
+    """The mean patch token after block `depth` of a frozen encoder, standardised."""
 
     def __init__(self, encoder: ViT, depth: int):
         super().__init__()
@@ -384,13 +392,13 @@ class Features(nn.Module):
         self.encoder = encoder.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        tokens, _ = self.encoder.encode(patchify(images, self.encoder.patch_size))    # (B, 1+N, D)
-        return standardize(tokens[:, 1:].float().mean(dim=1))                         # (B, D)
+    def forward(self, images: Tensor) -> Tensor:                                     # (B, C, H, W)
+        tokens, _ = self.encoder.encode(patchify(images, self.encoder.patch_size))   # (B, 1+N, D)
+        return standardize(tokens[:, 1:].float().mean(dim=1))                        # (B, D)
 
 
 class LinearProbe(nn.Module):
-    """`Features`, then BatchNorm without affine parameters and a linear layer, the only thing trained."""
+    """`Features`, then BatchNorm without affine parameters and a linear layer, which is trained."""
 
     def __init__(self, encoder: ViT, depth: int, num_classes: int):
         super().__init__()
@@ -406,10 +414,11 @@ class LinearProbe(nn.Module):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on a matrix is scaled to the matrix's norm (You et al., 2017, arXiv 1708.03888)."""
+    """SGD with momentum that scales a matrix's step to its norm (You et al., arXiv 1708.03888)."""
 
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        settings = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -425,99 +434,97 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(velocity * group["lr"])
 
 
-def average_statistics(model: nn.Module, run: Run) -> None:
-    """Give every process the same running statistics: each BatchNorm has seen its own share of the images."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.running_mean = run.all_reduce_sum(module.running_mean) / run.world_size
-            module.running_var = run.all_reduce_sum(module.running_var) / run.world_size
-
-
-def classify_by_neighbours(model: Features, train: data.Samples, val: data.Samples, run: Run) -> dict[str, float]:
-    """Images, top1 and top5 in per cent of k-NN, each process classifying its share of the validation images."""
+def classify_by_neighbours(
+    model: Features, train: data.Samples, val: data.Samples, run: Run
+) -> dict[str, float]:
+    """`accuracy` of k-NN. Each process classifies its share of the validation images."""
     known, asked = gather(extract(model, train, run), run), extract(model, val, run)
-    counts = knn(*known, *asked, len(train.source.classes), run.args.neighbours, run.device)
-    return accuracy(counts, run)
+    tensors = [torch.cat(parts) for batches in (known, asked) for parts in zip(*batches)]
+    classes = train.source.classes
+    return accuracy(knn(*tensors, len(classes), run.args.neighbours, run.device), run)
 
 
 @torch.no_grad()
-def extract(model: Features, samples: data.Samples, run: Run) -> tuple[Tensor, Tensor]:
-    """Features (n, D) and labels (n,), on the CPU, of this process's share of the images that can be read."""
+def extract(model: Features, samples: data.Samples, run: Run) -> list[tuple[Tensor, Tensor]]:
+    """Features (b, D) and labels (b,), on the CPU, of the batches of this process's share."""
     model.eval()  # no drop path
-    features, labels = [torch.zeros(0, model.encoder.cls_token.shape[2])], [torch.zeros(0, dtype=torch.int64)]
-    for images, batch_labels in eval_batches(samples, run):
+    embed_dim = model.encoder.cls_token.shape[2]
+    batches = [(torch.zeros(0, embed_dim), torch.zeros(0, dtype=torch.int64))]  # if none follows
+    for images, labels in eval_batches(samples, run):
         with run.autocast():
-            features.append(model(to_device(images, run)).cpu())
-        labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels)
+            batches.append((model(to_device(images, run)).cpu(), labels))
+    return batches
 
 
-def gather(mine: tuple[Tensor, ...], run: Run) -> tuple[Tensor, ...]:
-    """Concatenate the rows of CPU tensors of all processes; every process gets the whole."""
-    if run.world_size == 1:
-        return mine
-    shares = [None] * run.world_size
-    dist.all_gather_object(shares, mine)
-    return tuple(torch.cat(parts) for parts in zip(*shares))
+def gather(mine: list, run: Run) -> list:
+    """Join the lists of all processes; every process gets the whole."""
+    shares = [mine] * run.world_size
+    if run.world_size > 1:
+        dist.all_gather_object(shares, mine)
+    return sum(shares, [])
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int, device: torch.device
+    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, num_classes: int, k: int,
+    device: torch.device,
 ) -> Tensor:
-    """`count_correct` of a vote of the k nearest training images by cosine, weighted by exp(cosine / 0.07).
+    """`count_correct` of a vote of the k nearest training images, each worth exp(cosine / 0.07).
 
-    Features (n, D) are first standardised by the training images' mean and deviation, as the probe's BatchNorm does.
-    They come from the CPU; the search runs on `device`: on ImageNet it takes 64 billion dot products.
+    Features (n, D) are first standardised with the training images' mean and deviation, as by the
+    probe's BatchNorm. All tensors are moved to `device`: ImageNet takes 64 billion dot products.
     """
-    train, train_labels, val, val_labels = (x.to(device) for x in (train, train_labels, val, val_labels))
+    train, val = train.to(device), val.to(device)
+    train_labels, val_labels = train_labels.to(device), val_labels.to(device)
     std, mean = torch.std_mean(train, dim=0)
     train, val = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (train, val))
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     for some, labels in zip(val.split(128), val_labels.split(128)):
-        similarity, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)                       # (b, k)
-        votes = torch.zeros(len(some), num_classes, device=device)                                   # (b, num_classes)
+        similarity, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)       # (b, k) each
+        votes = torch.zeros(len(some), num_classes, device=device)                   # (b, classes)
         votes.scatter_add_(1, train_labels[nearest], (similarity / 0.07).exp())
-        counts += count_correct(votes.topk(min(5, num_classes), dim=1).indices, labels)
+        counts += count_correct(votes, labels)
     return counts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prediction
 
 
 @torch.no_grad()
 def predict(run: Run) -> None:
-    """Classify every image below --predict: predictions.csv, and predictions.png with some of them."""
+    """Classify every image below --predict; write predictions.csv and a picture of some of them."""
     args = run.args
     with one_line_errors():
         source = data.ImageFolder(args.predict)
         source.labels = np.arange(len(source))  # a batch then says which images it holds
         classes = read_beside(args.init, "classes.json", list)
         model = build_model(run, classes and len(classes)).to(run.device)
-    classes = classes or [str(number) for number in range(model.head.out_features)]
+    if classes is None:
+        run.print(f"note: no classes.json beside {args.init}, so classes are numbers")
+        classes = [str(label) for label in range(model.head.out_features)]
     rows = []
     for images, indices in eval_batches(eval_samples(source, args), run):
-        best = chances(model, images, run).topk(min(3, len(classes)), dim=1)              # (b, 3) twice
-        for index, values, numbers in zip(indices.tolist(), best.values.tolist(), best.indices.tolist()):
-            rows.append((index, [(classes[number], value) for number, value in zip(numbers, values)]))
-    if run.world_size > 1:
-        shares = [None] * run.world_size
-        dist.all_gather_object(shares, rows)
-        rows = sum(shares, [])
+        values, labels = chances(model, images, run).topk(min(3, len(classes)), dim=1)   # (b, 3)
+        rows += zip(indices.tolist(), labels.tolist(), values.tolist())
+    rows = gather(rows, run)
 
     run.make_out()
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow("file class probability second probability_2 third probability_3".split()[: 1 + 2 * len(classes)])
-    for index, best in sorted(rows):
+    header = "file class probability second probability_2 third probability_3".split()
+    writer.writerow(header[: 1 + 2 * len(classes)])
+    for index, labels, values in sorted(rows):
+        answers = [(classes[label], f"{value:.4f}") for label, value in zip(labels, values)]
         file = os.path.relpath(source.name(index), args.predict)
-        writer.writerow([file, *(cell for name, value in best for cell in (name, f"{value:.4f}"))])
+        writer.writerow([file, *itertools.chain(*answers)])
     run.save(table.getvalue().encode(errors="surrogateescape"), "predictions.csv")
-    some = sorted(random.Random(0).sample(rows, min(32, len(rows))))
-    tiles = [(eval_view(source.open(index), None, args)[0],
-              [percentage(*best[0]), os.path.basename(source.name(index))], "black") for index, best in some]
+    tiles = []
+    for index, labels, values in sorted(random.Random(0).sample(rows, min(32, len(rows)))):
+        lines = [percentage(classes[labels[0]], values[0]), os.path.basename(source.name(index))]
+        tiles.append((eval_view(source.open(index), None, args)[0], lines, "black"))
     run.save_picture(contact_sheet(tiles), "predictions.png")
-    run.print(f"{len(rows)} of {len(source)} images classified; {args.out} holds predictions.csv and predictions.png")
+    run.print(f"{len(rows)} of {len(source)} images classified; {args.out} holds predictions.csv "
+              "and predictions.png")
 
 
 @torch.no_grad()
@@ -528,14 +535,15 @@ def chances(model: nn.Module, images: Tensor, run: Run) -> Tensor:
 
 
 def draw_predictions(model: nn.Module, samples: data.Samples, run: Run) -> Image.Image:
-    """32 validation images over all classes with what the model says: green where right, red where wrong."""
-    order, classes = random.Random(0).sample(range(len(samples)), len(samples)), samples.source.classes
+    """32 validation images with the model's answers: green where right, red where wrong."""
+    classes = samples.source.classes
+    order = random.Random(0).sample(range(len(samples)), len(samples))
     readable = (sample for sample in map(samples.__getitem__, order) if sample[1] >= 0)
     images, labels = zip(*itertools.islice(readable, 32))
-    values, answers = (x.tolist() for x in chances(model, torch.stack(images), run).max(dim=1))
+    values, answers = chances(model, torch.stack(images), run).max(dim=1)
     model.train()
     tiles = []
-    for image, label, value, answer in zip(images, labels, values, answers):
+    for image, label, value, answer in zip(images, labels, values.tolist(), answers.tolist()):
         lines = [percentage(classes[answer], value)]
         if answer != label:
             lines.append(f"is {classes[label]}")
@@ -549,9 +557,9 @@ def percentage(name: str, value: float) -> str:
 
 
 def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
-    """A picture of tiles, eight a row: image uint8 (3, H, W), up to two lines of text, colour of frame and line 1.
+    """A picture of tiles, eight a row: image uint8 (3, H, W), up to two lines of text, colour.
 
-    The text loses its accents, which Pillow's font lacks.
+    The frame and the first line have the colour. Text loses its accents, which Pillow's font lacks.
     """
     side, width, height = 136, 152, 188
     picture = Image.new("RGB", (8 * width, math.ceil(len(tiles) / 8) * height), "white")
@@ -562,91 +570,92 @@ def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.paste(pixels.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for row, line in enumerate(lines):
-            line = "".join(c for c in unicodedata.normalize("NFKD", line) if not unicodedata.combining(c))
-            draw.text((x, y + side + 5 + 17 * row), line[:20], fill="black" if row else colour, font_size=14)
+            line = "".join(c for c in normalize("NFKD", line) if not combining(c))[:20]
+            draw.text((x, y + side + 5 + 17 * row), line, "black" if row else colour, font_size=14)
     return picture
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data and model from the flags
 
 
 def open_images(args: argparse.Namespace):
-    """Training and validation images, as sources of `data.Samples`; for --eval only the latter count.
-
-    Raises ValueError if they can't be had.
-    """
+    """Training and validation images, as sources of `data.Samples`; --eval uses only the latter."""
     if args.data:
-        held_out = next((name for name in ("val", "test") if os.path.isdir(os.path.join(args.data, name))), None)
-        if held_out is None:
-            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), and has no val/")
-        held_out = os.path.join(args.data, held_out)
-        if args.mode == "eval":  # the classes are those of the classifier, if it was trained here
+        folder, *others = (os.path.join(args.data, name) for name in ("train", "val", "test"))
+        held_out = next(filter(os.path.isdir, others), None)
+        if held_out is None or args.mode != "eval" and not os.path.isdir(folder):
+            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), "
+                             f"and has no {'train' if held_out else 'val'}/")
+        if args.mode == "eval":  # the classes are the classifier's, if it was trained here
             train = val = data.ImageFolder(held_out, read_beside(args.init, "classes.json", list))
-        elif os.path.isdir(os.path.join(args.data, "train")):
-            train = data.ImageFolder(os.path.join(args.data, "train"))
-            val = data.ImageFolder(held_out, train.classes)
         else:
-            raise ValueError(f"--data {args.data}: needs train/CLASS/ and val/CLASS/ (or test/), and has no train/")
+            train = data.ImageFolder(folder)
+            val = data.ImageFolder(held_out, train.classes)
         for source in train, val:
             if min(source.labels) < 0:
-                raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class folder; classification "
-                                 "needs train/CLASS/ and val/CLASS/")
+                raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class "
+                                 "folder; classification needs train/CLASS/ and val/CLASS/")
     else:  # validation images have numbers that pretraining never sees
         size = args.img_size or 64
         train = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), size)
         val = data.Shapes(args.num_val, size, start=1_000_000 - 1_000_000 % len(data.SHAPES))
     if args.labels_per_class:
-        rng = random.Random(f"{args.seed} labels")
-        of_class = [np.flatnonzero(train.labels == label).tolist() for label in range(len(train.classes))]
-        chosen = [rng.sample(indices, min(args.labels_per_class, len(indices))) for indices in of_class]
-        train = data.Subset(train, sorted(index for indices in chosen for index in indices))
+        rng, chosen = random.Random(f"{args.seed} labels"), []
+        for label in range(len(train.classes)):
+            indices = np.flatnonzero(train.labels == label).tolist()
+            chosen += rng.sample(indices, min(args.labels_per_class, len(indices)))
+        train = data.Subset(train, sorted(chosen))
     return train, val
 
 
 def build_model(run: Run, num_classes: int | None) -> nn.Module:
-    """The network that the flags ask for; sets args.img_size and args.patch_size to those found in --init.
+    """The network that the flags ask for; args gets the sizes that were found in --init.
 
-    num_classes: number of classes of the data; None takes the file's. Raises ValueError if --init does not fit.
+    num_classes: of the data; None takes the file's. Raises ValueError if --init does not fit.
     """
     args = run.args
     torch.manual_seed(args.seed)  # the same weights in every process
-    classify = args.mode not in ("linear", "knn")
+    head = {"finetune": num_classes, "linear": 0, "knn": 0}.get(args.mode)  # None: the file's
     if args.scratch:
-        model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=num_classes if classify else 0,
+        model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=head,
                     drop_path=args.drop_path)
     else:
-        heads = {"finetune": num_classes, "linear": 0, "knn": 0}.get(args.mode)  # else as in the file
-        model = load_vit(args.init, args.img_size, heads, args.drop_path, args.teacher, run.print)
-        args.model, args.patch_size, args.img_size = None, model.patch_size, model.grid[0] * model.patch_size
-    if model.patch_embed.proj.in_channels != 3:
-        raise ValueError(f"{args.init} is for images of {model.patch_embed.proj.in_channels} channels, not RGB")
+        model = load_vit(args.init, args.img_size, head, args.drop_path, args.teacher, run.print)
+        args.model, args.patch_size = None, model.patch_size
+        args.img_size = model.grid[0] * model.patch_size
+        recipe = (read_beside(args.init, "config.json", dict) or {}).get("recipe", args.recipe)
+        if recipe != args.recipe and args.mode in ("finetune", "linear"):
+            run.print(f"note: --init was trained with --recipe {recipe}, this is {args.recipe}")
+    if (channels := model.patch_embed.proj.in_channels) != 3:
+        raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")
+    if args.mode in ("linear", "knn"):
+        depth = args.depth or len(model.blocks)
+        if depth > len(model.blocks):
+            raise ValueError(f"--depth {depth}: this network has blocks 1 to {len(model.blocks)}")
+        return LinearProbe(model, depth, num_classes) if args.linear else Features(model, depth)
     if args.mode in ("eval", "predict"):
         found = getattr(model.head, "out_features", 0)
-        if found == 0 or num_classes not in (None, found):
-            raise ValueError(f"--{args.mode}: {args.init} has a head for {found} classes, and {num_classes or 'a few'} "
-                             "are wanted; fine-tune it first")
-    if classify:
-        return model
-    depth = args.depth or len(model.blocks)
-    if depth > len(model.blocks):
-        raise ValueError(f"--depth {args.depth}: this network has blocks 1 to {len(model.blocks)}")
-    return LinearProbe(model, depth, num_classes) if args.linear else Features(model, depth)
+        if found == 0:
+            raise ValueError(f"--{args.mode}: {args.init} is no classifier; give the best.pt that "
+                             "fine-tuning wrote")
+        if num_classes not in (None, found):
+            raise ValueError(f"--{args.mode}: {args.init} has a head for {found} classes, and "
+                             f"{num_classes} are wanted; fine-tune it first")
+    return model
 
 
 def fit_batch(images: int, run: Run) -> None:
-    """If a recipe's batch is larger than the training set, take an eighth of the images, and scale --lr with it.
-
-    Raises ValueError for a --batch_size that does not fit.
-    """
+    """If a recipe's batch exceeds the training set, take an eighth of that, and scale --lr."""
     args, parts = run.args, run.world_size * run.args.accum_steps
-    if args.batch_given and args.batch_size > images:
-        raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training images there are")
-    if not args.batch_given and args.batch_size > images:
+    if args.batch_size > images:
+        if args.batch_given:
+            raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training "
+                             "images there are")
         batch_size = max(images // 8 // parts, 1) * parts
         if batch_size > images:
-            raise ValueError(f"{images} training images are fewer than {run.world_size} processes x --accum_steps "
-                             f"{args.accum_steps}")
+            raise ValueError(f"{images} training images are fewer than {run.world_size} processes "
+                             f"x --accum_steps {args.accum_steps}")
         args.lr *= batch_size / args.batch_size
         run.print(f"batch of {batch_size} for {images} images, not {args.batch_size}"
                   f"{f'; peak learning rate {args.lr:.2g}' if args.lr else ''}")
@@ -655,17 +664,17 @@ def fit_batch(images: int, run: Run) -> None:
 
 
 def read_beside(path: str, name: str, kind: type):
-    """The `kind` in the JSON file `name` in the folder of `path`, or None if there is no file. Raises ValueError."""
+    """The `kind` in the JSON file `name` beside `path`, or None if there is no such file."""
     path = os.path.join(os.path.dirname(path), name)
     if not os.path.exists(path):
         return None
     try:
         with open(path) as file:
             content = json.load(file)
-        if not isinstance(content, kind):
-            raise ValueError(f"holds no {kind.__name__}")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; remove it to go on without") from error
+    except ValueError:
+        content = None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} is damaged; remove it to go on without")
     return content
 
 

@@ -1993,7 +1993,7 @@ def test_linear_probe_trains_the_head_alone():
     ("encoder.pt", ["--teacher"], "holds no teacher"),
     ("theirs_alone.pth", ["--teacher"], "no model_ema"),
     ("encoder.pt", ["--patch_size", 8], "--patch_size"),
-    ("encoder.pt", ["--eval"], "fine-tune it first"),
+    ("encoder.pt", ["--eval"], "is no classifier"),
 ], ids=str)
 def test_weights_that_do_not_fit_are_refused(files, tmp_path, capsys, name, flags, words):
     flags = ["--init", files[0] / name, "--out", tmp_path / "out", *flags]
@@ -2048,6 +2048,16 @@ def test_too_few_images_for_all_parts_are_refused(tmp_path, capsys):
     flags = ["--data", folder, "--scratch", "--recipe", "photos", "--accum_steps", 7]
     line = refused(capsys, finetune, *flags, "--workers", 0, "--out", tmp_path / "out")
     assert "6 training images are fewer" in line
+
+
+def test_a_run_says_what_may_be_a_slip(unbroken, tmp_path, capsys):
+    """A class without validation images, and an encoder that was trained with another recipe."""
+    folder = class_folders(tmp_path / "a", train="cat dog", val="cat")
+    flags = ["--init", unbroken / "encoder.pt", "--data", folder, "--out", tmp_path / "out"]
+    call(finetune, *FOLDERS, *flags, "--recipe", "photos")
+    said = capsys.readouterr().out
+    assert "no validation image of: dog" in said
+    assert "--recipe shapes, this is photos" in said
 
 
 @pytest.fixture(scope="module")
@@ -2317,6 +2327,10 @@ def test_predictions(tmp_path, capsys):
         assert found == pytest.approx([value for value, _ in best], abs=2e-3)
     with Image.open(out / "predictions.png") as picture:
         assert picture.size == (8 * 152, 188)
+
+    (run / "classes.json").unlink()
+    call(finetune, "--predict", folder, *flags)
+    assert "classes are numbers" in capsys.readouterr().out
 
 
 def test_prediction_needs_a_readable_image(files, tmp_path, capsys):

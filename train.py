@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 import data
 from masking import block_mask, random_mask
-from model import SIZES, BootMAE, load_matching, patchify, read_file, read_weights, sizes_of, unpatchify
+from model import (
+    SIZES, BootMAE, load_matching, patchify, read_file, read_weights, sizes_of, unpatchify,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Settings: a flag beats the recipe, and the recipe beats the defaults, for ViT-B on ImageNet
