@@ -2579,6 +2579,25 @@ def test_two_processes_save_at_a_signal_and_go_on(unbroken, tmp_path):
     assert_nearly_same_run(tmp_path / "run", unbroken)
 
 
+def test_torchrun_restarts_both_processes_after_one_has_died(unbroken, tmp_path):
+    """Rank 1 dies in the second epoch of the first start; --max_restarts starts both once more."""
+    flags = [*TRAIN, "--out", tmp_path / "run"]
+    (tmp_path / "start.py").write_text(f"""if True:
+        import itertools, os, train
+        count, add = itertools.count(), train.Meter.add
+
+        def add_and_die(meter, *losses):
+            add(meter, *losses)
+            if next(count) == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), 9 * meter.run.rank)
+
+        train.Meter.add = add_and_die
+        train.launch(train.main, train.parse_args({list(map(str, flags))}))""")
+    process = launch("--max_restarts=1", tmp_path / "start.py", processes=2)
+    assert "going on from" in finish(process)
+    assert_nearly_same_run(tmp_path / "run", unbroken)
+
+
 def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     """Processes only act on what all of them have seen, so this one counts at the next step."""
     run = train.Run(train.parse_args([]))
