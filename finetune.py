@@ -72,51 +72,56 @@ LINEAR = {name: RECIPES[name] | PROBE | own for name, own in {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    whole, positive = number(0, kind=int), number(1, kind=int)
-
-    def switch(flag: str, what: str) -> None:
-        parser.add_argument(flag, action="store_true", help=what)
-
-    def add(flag: str, what: str, kind=str, default=None, **more) -> None:
-        parser.add_argument(flag, type=kind, default=default, help=what, **more)
-
-    add("--data", "folder with train/ and val/ or test/; without it, built-in images")
-    add("--recipe", "imagenet with --data, else shapes", choices=RECIPES)
-    add("--init", "file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
-    switch("--teacher", "--init: take the teacher's weights, not the student's")
-    switch("--scratch", "random weights instead of --init")
-    switch("--linear", "train a linear layer on the frozen encoder")
-    switch("--knn", "classify by nearest neighbours; no training")
-    add("--neighbours", "--knn: how many", positive, 20)
-    switch("--eval", "only evaluate the classifier in --init")
-    add("--predict", "classify all images in a folder with the classifier in --init", metavar="DIR")
-    add("--model", "--scratch: size of the network; otherwise the file decides", choices=SIZES)
-    add("--patch_size", "--scratch: side of a patch; otherwise the file decides", positive)
-    add("--img_size", "side of the square input; without it, as in the file", positive)
-    add("--depth", "--linear, --knn: use the output of this block, from 1 (0: the last)", whole, 0)
-    add("--epochs", "length of the run", positive, 100)
-    add("--warmup_epochs", "linear warm-up from 0; its share of the run is kept where --epochs "
-        "changes", number(0), 20)
-    add("--batch_size", "images a step, over processes and --accum_steps", positive)
-    add("--lr", "peak learning rate (0: take --base_lr)", number(0), 5e-3)
-    add("--base_lr", "peak learning rate for 256 images; scales with --batch_size", number(0), 0.0)
-    add("--min_lr", "learning rate at the end, or the peak if that is lower", number(0), 1e-6)
-    add("--weight_decay", "not on biases, norms and CLS token", number(0), 0.05)
-    add("--betas", "of AdamW", number(0, 0.9999999), (0.9, 0.999), nargs=2)
-    add("--layer_decay", "the learning rate shrinks by this from a block to the one below",
-        number(1e-3, 1), 0.6)
-    add("--drop_path", "chance to skip a branch, in the last block", number(0, 0.99), 0.1)
-    add("--crop_scale", "area of a random crop", number(1e-6, 1), (0.08, 1.0), nargs=2)
-    add("--rand_augment", "magnitude (0: off)", number(0, 10), 9.0)
-    add("--erasing", "probability of random erasing", number(0, 1), 0.25)
-    add("--mixup", "alpha of mixup (0: off)", number(0), 0.8)
-    add("--cutmix", "alpha of CutMix (0: off)", number(0), 1.0)
-    add("--smoothing", "label smoothing", number(0, 1), 0.1)
-    add("--model_ema", "momentum of the averaged model (0: none)", number(0, 0.9999999), 0.9998)
-    add("--labels_per_class", "use so many training images of each class (0: all)", whole, 0)
-    add("--crop_ratio", "evaluation: the centre crop's share of the short side", number(0.05, 1))
-    add("--num_val", "how many built-in validation images", positive, 1200)
-    add("--eval_every", "epochs between evaluations", positive, 1)
+    add = parser.add_argument
+    whole, count, amount, share = number(0, kind=int), number(1, kind=int), number(0), number(0, 1)
+    add("--data", help="folder with train/ and val/ or test/; without it, built-in images")
+    add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
+    add("--init",
+        help="file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
+    add("--teacher", action="store_true",
+        help="--init: take the teacher's weights, not the student's")
+    add("--scratch", action="store_true", help="random weights instead of --init")
+    add("--linear", action="store_true", help="train a linear layer on the frozen encoder")
+    add("--knn", action="store_true", help="classify by nearest neighbours; no training")
+    add("--neighbours", type=count, default=20, help="--knn: how many")
+    add("--eval", action="store_true", help="only evaluate the classifier in --init")
+    add("--predict", metavar="DIR",
+        help="classify all images in a folder with the classifier in --init")
+    add("--model", choices=SIZES, help="--scratch: size of the network; otherwise the file decides")
+    add("--patch_size", type=count, help="--scratch: side of a patch; otherwise the file decides")
+    add("--img_size", type=count, help="side of the square input; without it, as in the file")
+    add("--depth", type=whole, default=0,
+        help="--linear, --knn: use the output of this block, from 1 (0: the last)")
+    add("--epochs", type=count, default=100, help="length of the run")
+    add("--warmup_epochs", type=amount, default=20,
+        help="linear warm-up from 0; its share of the run is kept where --epochs changes")
+    add("--batch_size", type=count, help="images a step, over processes and --accum_steps")
+    add("--lr", type=amount, default=5e-3, help="peak learning rate (0: take --base_lr)")
+    add("--base_lr", type=amount, default=0.0,
+        help="peak learning rate for 256 images; scales with --batch_size")
+    add("--min_lr", type=amount, default=1e-6,
+        help="learning rate at the end, or the peak if that is lower")
+    add("--weight_decay", type=amount, default=0.05, help="not on biases, norms and CLS token")
+    add("--betas", type=number(0, 0.9999999), nargs=2, default=(0.9, 0.999), help="of AdamW")
+    add("--layer_decay", type=number(0.001, 1), default=0.6,
+        help="the learning rate shrinks by this from a block to the one below")
+    add("--drop_path", type=number(0, 0.99), default=0.1,
+        help="chance to skip a branch, in the last block")
+    add("--crop_scale", type=number(1e-06, 1), nargs=2, default=(0.08, 1.0),
+        help="area of a random crop")
+    add("--rand_augment", type=number(0, 10), default=9.0, help="magnitude (0: off)")
+    add("--erasing", type=share, default=0.25, help="probability of random erasing")
+    add("--mixup", type=amount, default=0.8, help="alpha of mixup (0: off)")
+    add("--cutmix", type=amount, default=1.0, help="alpha of CutMix (0: off)")
+    add("--smoothing", type=share, default=0.1, help="label smoothing")
+    add("--model_ema", type=number(0, 0.9999999), default=0.9998,
+        help="momentum of the averaged model (0: none)")
+    add("--labels_per_class", type=whole, default=0,
+        help="use so many training images of each class (0: all)")
+    add("--crop_ratio", type=number(0.05, 1),
+        help="evaluation: the centre crop's share of the short side")
+    add("--num_val", type=count, default=1200, help="how many built-in validation images")
+    add("--eval_every", type=count, default=1, help="epochs between evaluations")
     add_run_flags(parser)
     given = parser.parse_args(argv)
     args = parse_recipe(parser, LINEAR if given.linear else RECIPES, argv)
