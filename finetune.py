@@ -255,8 +255,9 @@ def main(args: argparse.Namespace) -> None:
         scaler.update()
         optimizer.zero_grad()
         if average is not None:
-            weights = [p.detach() for p in model.parameters()]
-            torch._foreach_lerp_(list(average.parameters()), weights, 1 - args.model_ema)
+            slow, fast = list(average.parameters()), list(model.parameters())
+            with torch.no_grad():
+                torch._foreach_lerp_(slow, fast, 1 - args.model_ema)
 
         # Read the loss only every --log_every steps: reading it waits for the device
         done = step + 1

@@ -191,11 +191,11 @@ def main(args: argparse.Namespace) -> None:
 
         # Forward and backward, in parts that fit into memory; DDP averages gradients in the last
         for part in range(args.accum_steps):
-            images, mask, _ = next(batches)                                   # uint8 (b, 3, H, W)
+            images, mask, _ = next(batches)                      # uint8 (b, 3, H, W), bool (b, N)
             images = data.scale_pixels(images.to(device, non_blocking=True))  # float (b, 3, H, W)
             network.require_backward_grad_sync = part == args.accum_steps - 1
             with run.autocast():
-                out = network(images, mask)  # bool (b, N), on the CPU: checking it waits for no GPU
+                out = network(images, mask)  # the mask is on the CPU: checking it waits for no GPU
                 loss = out.pixel_loss + feature_weight * out.feature_loss
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(out.pixel_loss, out.feature_loss)
