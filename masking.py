@@ -57,18 +57,19 @@ def block_mask(
                 continue
             top = int(uniform() * (rows - height + 1))
             left = int(uniform() * (columns - width + 1))
-            union = mask | ((1 << width) - 1) * stack[height] << (top * columns + left)
-            if union.bit_count() <= target:
-                mask = union
+            rectangle = ((1 << width) - 1) * stack[height] << (top * columns + left)
+            if (mask | rectangle).bit_count() <= target:
+                mask |= rectangle
         masks.append([mask >> n & 1 for n in range(num_patches)])
     return _fill_up(torch.tensor(masks, dtype=torch.bool), num_masked, generator)
 
 
 def _fill_up(mask: Tensor, num_masked: int, generator: torch.Generator | None) -> Tensor:
     """Mask more patches at random, up to exactly `num_masked` in each row of bool (B, N)."""
-    batch, N = mask.shape
-    if not 0 <= num_masked <= N:
-        raise ValueError(f"cannot mask {num_masked} of {N} patches; num_masked must be 0 to {N}")
-    score = torch.rand(batch, N, generator=generator) + mask   # the masked score highest, and stay
-    chosen = score.topk(num_masked, dim=1).indices             # (B, num_masked)
-    return torch.zeros_like(mask).scatter(1, chosen, True)     # (B, N)
+    num_patches = mask.shape[1]
+    if not 0 <= num_masked <= num_patches:
+        raise ValueError(f"cannot mask {num_masked} of {num_patches} patches; "
+                         f"num_masked must be 0 to {num_patches}")
+    score = torch.rand(mask.shape, generator=generator) + mask  # the masked score highest and stay
+    chosen = score.topk(num_masked, dim=1).indices                 # (B, num_masked)
+    return torch.zeros_like(mask).scatter(1, chosen, True)         # (B, N)

@@ -55,7 +55,8 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     """Fixed 2-D sin-cos positions, float32 (1, 1 + N, embed_dim).
 
-    CLS has zeros, a patch in row r and column c [sin r, cos r, sin c, cos c] of D/4 frequencies.
+    CLS gets zeros. A patch in row r and column c gets [sin r, cos r, sin c, cos c], each of D/4
+    frequencies.
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, "
@@ -198,7 +199,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of patches (B, n, C*p*p) -> (B, n, D), stored as timm stores it: a convolution."""
+    """Linear map of patches (B, V, C*p*p) -> (B, V, D), stored as timm stores it: a convolution."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -243,20 +244,20 @@ class ViT(nn.Module):
             self.head.weight.data.mul_(0.001)
 
     def encode(
-        self, patches: Tensor, keep: Tensor | None = None, taps: tuple[int, ...] = (),
+        self, patches: Tensor, visible: Tensor | None = None, taps: tuple[int, ...] = (),
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the blocks over patches (B, N, C*p*p), or over those with indices keep (B, V) int64.
+        """Run the blocks over patches (B, N, C*p*p), or those with indices `visible` (B, V) int64.
 
         Returns the last block's tokens (B, 1 + V, D), before the final norm, and a dict of the
-        tokens after each block numbered in `taps` (the first block is 1). V is N without `keep`.
+        tokens after each block numbered in `taps` (the first block is 1). V is N without `visible`.
         `grid` is the patches' if it is not the model's; positions are then interpolated.
         """
         pos = resize_positions(self.pos_embed, self.grid, grid or self.grid)  # (1, 1+N, D)
         cls, pos = self.cls_token + pos[:, :1], pos[:, 1:]                    # (1, 1, D), (1, N, D)
-        if keep is not None:
-            patches = patches.take_along_dim(keep[:, :, None], dim=1)         # (B, V, C*p*p)
-            pos = pos[0, keep]                                                # (B, V, D)
+        if visible is not None:
+            patches = patches.take_along_dim(visible[:, :, None], dim=1)      # (B, V, C*p*p)
+            pos = pos[0, visible]                                             # (B, V, D)
         x = self.patch_embed(patches) + pos                                   # (B, V, D)
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)                 # (B, 1+V, D)
         tapped = {}
@@ -322,12 +323,12 @@ class Decoder(nn.Module):
 
         The mask tokens are appended to the visible ones: attention knows no order.
         """
-        visible = self.embed(latent)                             # (B, 1+V, d), with its positions
+        tokens = self.embed(latent)                              # (B, 1+V, d), know their positions
         holes = self.mask_token + self.pos_embed[0, 1:][masked]  # (B, M, d), one token, M positions
-        x = torch.cat([visible, holes], dim=1)                   # (B, 1+N, d)
+        x = torch.cat([tokens, holes], dim=1)                    # (B, 1+N, d)
         for block in self.blocks:
             x = block(x, context)
-        return self.head(self.norm(x[:, visible.shape[1]:]))     # (B, M, out_dim)
+        return self.head(self.norm(x[:, tokens.shape[1]:]))      # (B, M, out_dim)
 
 
 def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
@@ -468,9 +469,10 @@ class BootMAE(nn.Module):
         if low != high or not 0 < low < shape[1]:
             raise ValueError(f"rows of the mask hide {low} to {high} of {shape[1]} patches; "
                              f"each must hide the same number, 1 to {shape[1] - 1}")
+        num_visible = shape[1] - low
         mask = mask.to(images.device, non_blocking=True)
         order = mask.byte().argsort(dim=1, stable=True)   # (B, N), the visible ones first
-        return order[:, :-low], order[:, -low:]
+        return order[:, :num_visible], order[:, num_visible:]
 
     def masked_weight(self, mask: Tensor, masked: Tensor) -> Tensor:
         """Loss weights of the masked patches (B, M, 1): `loss_weight`'s, or all 1."""

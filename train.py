@@ -40,7 +40,7 @@ from model import (
 )
 
 # --------------------------------------------------------------------------------------------------
-# Settings: a flag beats the recipe, and the recipe beats the defaults, for ViT-B on ImageNet
+# Settings: a flag beats the recipe, and that beats the defaults, which are for ViT-B on ImageNet
 
 RECIPES = {
     "imagenet": dict(),
@@ -139,7 +139,9 @@ def schedules(step: int, total_steps: int, epoch: int,
     """
     progress, peak = step / total_steps, args.base_lr * args.batch_size / 256
     lr = cosine_lr(progress, args.warmup_epochs / args.epochs, peak, args.min_lr)
+    # Lambda rises with each epoch, as in the authors' code, the others with each step
     feature_weight = min(1.0, (epoch + 1) / max(1e-9, args.feature_ramp * args.epochs))
+    # A little more than published, so that the published run stays as it is
     spans = [max(1.0, share * total_steps) for share in (1 / 240, 1 / 24, 1 / 2.4)]
     momenta = [min(m, 1 - 1 / span) for m, span in zip(args.momentum, spans)]
     return lr, feature_weight, float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
@@ -175,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
     order = data.Batches(len(source), args.batch_size, args.epochs, args.seed, start,
                          args.accum_steps, run.rank, run.world_size)
     batches = iter(run.loader(samples, order))
+    # The same eight images, crops and masks in each picture
     gallery = [samples[i] for i in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
     def save(step: int) -> None:
@@ -200,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(out.pixel_loss, out.feature_loss)
 
-        # The student takes a step, the teacher follows
+        # Encoder and decoders take a step, the teacher follows
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
