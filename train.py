@@ -492,13 +492,14 @@ def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
 
 
 def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
-    """An argparse type: a number of type `kind` from `low` to `high`, and not NaN."""
+    """An argparse type: a finite number of type `kind` from `low` to `high`."""
 
     def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
             limits = f"{low:g} to {high}" if high < math.inf else f"{low:g} or more"
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
-        return kind(text)
+        return value
 
     parse.__name__ = kind.__name__  # what argparse calls it when it complains
     return parse
