@@ -18,6 +18,7 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------
 # Folders
 
+Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses twice as many; usual is 179 M, and phones take 200
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
@@ -209,6 +210,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """1 (upright) to 8; 1 if the image says nothing, or nonsense."""
+    if image.format == "TIFF":  # loading turns it upright
+        return 1
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # a damaged tag; the pixels may be good
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
 def crop_resize(
     image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]
 ) -> Image.Image:
@@ -220,8 +232,7 @@ def crop_resize(
     is cheapest: `box` is in the file's frame, and `size` is the size of the upright result.
     """
     width, height = (size, size) if isinstance(size, int) else size
-    # Loading turns a TIFF upright.
-    orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    orientation = exif_orientation(image)
     if orientation >= 5:  # lies on its side
         width, height = height, width
     scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2

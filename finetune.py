@@ -48,7 +48,8 @@ PLAIN = dict(drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0
 SHORT = PLAIN | dict(model="nano", batch_size=32, epochs=40, warmup_epochs=4, layer_decay=0.75,
                      model_ema=0.99, crop_ratio=1.0)
 RECIPES = {
-    "imagenet": dict(model="base", img_size=224, patch_size=16, batch_size=2048, crop_ratio=0.875),
+    "imagenet": dict(model="base", img_size=224, patch_size=16, batch_size=2048, lr=5e-3,
+                     crop_ratio=0.875),
     "imagenet_large": dict(model="large", img_size=224, patch_size=16, batch_size=1024, epochs=50,
                            lr=1.5e-3, warmup_epochs=5, layer_decay=0.75, crop_ratio=0.875),
     "cifar10": dict(model="small", img_size=32, patch_size=4, batch_size=512, lr=1e-3,
@@ -96,9 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_epochs", type=amount, default=20,
         help="linear warm-up from 0; its share of the run is kept where --epochs changes")
     add("--batch_size", type=count, help="images a step, over processes and --accum_steps")
-    add("--lr", type=amount, default=5e-3, help="peak learning rate (0: take --base_lr)")
+    add("--lr", type=amount, help="peak learning rate (0: take --base_lr)")
     add("--base_lr", type=amount, default=0.0,
-        help="peak learning rate for 256 images; scales with --batch_size")
+        help="instead of --lr: that for 256 images, which scales with --batch_size")
     add("--min_lr", type=amount, default=1e-6,
         help="learning rate at the end, or the peak if that is lower")
     add("--weight_decay", type=amount, default=0.05, help="not on biases, norms and CLS token")
@@ -126,9 +127,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     args = parse_recipe(parser, LINEAR if given.linear else RECIPES, argv)
 
-    for flag, what in ("predict", "folder of images"), ("init", "file"):
-        if getattr(args, flag) == "":
-            fail(f"--{flag} is empty: name a {what}")
+    if given.base_lr and given.lr:
+        fail("--lr and --base_lr both set the peak learning rate: give one")
+    if given.base_lr:
+        args.lr = 0.0
     modes = [mode for mode in ("linear", "knn", "eval", "predict") if getattr(args, mode)]
     if len(modes) > 1:
         fail(f"--{' and --'.join(modes)} are different things to do: give one")
@@ -145,10 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             fail("--model and --patch_size are for --scratch: with --init the file decides "
                  f"({args.init})")
         args.img_size = given.img_size
-        if args.mode in ("eval", "predict") and given.crop_ratio is None:
-            with one_line_errors():
-                config = read_beside(args.init, "config.json", dict) or {}
-            args.crop_ratio = config.get("crop_ratio", args.crop_ratio)
+        if args.mode in ("eval", "predict"):
+            args.crop_ratio = given.crop_ratio  # None: what the classifier was trained with
     if given.depth and args.mode not in ("linear", "knn"):
         fail(f"--depth {given.depth}: only --linear and --knn cut the encoder")
     if args.linear and args.model_ema:
@@ -188,9 +188,9 @@ def main(args: argparse.Namespace) -> None:
         return predict(run)
     with one_line_errors():  # wrong flags or data end the run here, before anything is written
         train, val = open_images(args)
-        args.num_classes = num_classes = len(train.classes)
+        args.classes, num_classes = train.classes, len(train.classes)
         if absent := [name for n, name in enumerate(train.classes) if n not in val.labels]:
-            run.print("warning: no validation image of:", *absent[:8])
+            run.print("warning: no validation image of:", *map(repr, absent[:8]))
         model = build_model(run, num_classes).to(run.device)
         if args.mode in ("finetune", "linear"):
             fit_batch(len(train), run)
@@ -220,8 +220,6 @@ def main(args: argparse.Namespace) -> None:
     start = run.resume(parts, FIXED, steps_per_epoch)
     what = f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes"
     run.begin(start, total_steps, what)
-    if start < total_steps:
-        run.save(json.dumps(train.classes).encode(), "classes.json")
     network = run.wrap(model)
     keys = data.Batches(len(train), args.batch_size, args.epochs, args.seed, start,
                         args.accum_steps, run.rank, run.world_size)
@@ -254,6 +252,8 @@ def main(args: argparse.Namespace) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if args.linear:
+            average_statistics(model.norm, run)
         if average is not None:
             slow, fast = list(average.parameters()), list(model.parameters())
             with torch.no_grad():
@@ -279,13 +279,14 @@ def main(args: argparse.Namespace) -> None:
             run.check_weights(model, done)
             run.save_checkpoint(parts, done, steps_per_epoch)
             run.stop(done)
-    run.print(f"best top-1 {best_top1(run.log):.2f} %; {args.out} holds best.pt, checkpoint.pt, "
-              "log.jsonl, curves.png and predictions.png")
+    if (best := best_top1(run.log)) >= 0:
+        run.print(f"best top-1 {best:.2f} %; {args.out} holds best.pt, checkpoint.pt, log.jsonl, "
+                  "curves.png and predictions.png")
 
 
 # A resumed run must not change these settings.
 FIXED = ("data", "init", "teacher", "scratch", "linear", "depth", "model", "img_size", "patch_size",
-         "num_classes", "labels_per_class", "seed")
+         "labels_per_class", "seed")
 
 
 def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -370,16 +371,13 @@ def evaluate_and_keep_the_best(
     model: nn.Module, average: nn.Module | None, val: data.Samples, run: Run
 ) -> dict[str, float]:
     """Evaluate the model and its average; the better is best.pt if it beats all before."""
-    for module in model.modules():  # each process has seen its own share of the images
-        if isinstance(module, nn.BatchNorm1d):
-            module.running_mean = run.all_reduce_sum(module.running_mean) / run.world_size
-            module.running_var = run.all_reduce_sum(module.running_var) / run.world_size
     values, *of_average = evaluate([model] if average is None else [model, average], val, run)
     if of_average:
         values |= dict(top1_ema=of_average[0]["top1"], top5_ema=of_average[0]["top5"])
     best = best_top1([values])
     if best > best_top1(run.log):
         better = model if best == values["top1"] else average
+        run.save(json.dumps(val.source.classes).encode(), "classes.json")
         run.save(better.state_dict(), "best.pt")
         run.save_picture(draw_predictions(better, val, run), "predictions.png")
     return values
@@ -417,6 +415,12 @@ class LinearProbe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.norm(self.features(images)))
+
+
+def average_statistics(norm: nn.BatchNorm1d, run: Run) -> None:
+    """Share the running mean and variance: each process has seen its own part of the images."""
+    for x in norm.running_mean, norm.running_var:
+        x.copy_(run.all_reduce_sum(x) / run.world_size)
 
 
 class LARS(torch.optim.Optimizer):
@@ -505,6 +509,7 @@ def predict(run: Run) -> None:
         source.labels = np.arange(len(source))  # a batch then says which images it holds
         classes = read_beside(args.init, "classes.json", list)
         model = build_model(run, classes and len(classes)).to(run.device)
+    run.make_out()
     if classes is None:
         run.print(f"note: no classes.json beside {args.init}, so classes are numbers")
         classes = [str(label) for label in range(model.head.out_features)]
@@ -514,7 +519,6 @@ def predict(run: Run) -> None:
         rows += zip(indices.tolist(), labels.tolist(), values.tolist())
     rows = gather(rows, run)
 
-    run.make_out()
     table = io.StringIO()
     writer = csv.writer(table)
     header = "file class probability second probability_2 third probability_3".split()
@@ -630,15 +634,22 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
         model = load_vit(args.init, args.img_size, head, args.drop_path, args.teacher, run.print)
         args.model, args.patch_size = None, model.patch_size
         args.img_size = model.grid[0] * model.patch_size
-        recipe = (read_beside(args.init, "config.json", dict) or {}).get("recipe", args.recipe)
+        config = read_beside(args.init, "config.json", dict) or {}
+        recipe = config.get("recipe", args.recipe)
         if recipe != args.recipe and args.mode in ("finetune", "linear"):
             run.print(f"note: --init was trained with --recipe {recipe}, this is {args.recipe}")
+        if args.crop_ratio is None:
+            usual = RECIPES[args.recipe]["crop_ratio"]
+            args.crop_ratio = config.get("crop_ratio", usual)
+            if "crop_ratio" not in config:
+                run.print(f"note: no config.json beside {args.init}, so --crop_ratio is {usual}")
     if (channels := model.patch_embed.proj.in_channels) != 3:
         raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")
     if args.mode in ("linear", "knn"):
         depth = args.depth or len(model.blocks)
         if depth > len(model.blocks):
-            raise ValueError(f"--depth {depth}: this network has blocks 1 to {len(model.blocks)}")
+            raise ValueError(f"--depth {depth}: this network has blocks 1 to {len(model.blocks)}; "
+                             "0 takes the last")
         return LinearProbe(model, depth, num_classes) if args.linear else Features(model, depth)
     if args.mode in ("eval", "predict"):
         found = getattr(model.head, "out_features", 0)
@@ -646,8 +657,9 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
             raise ValueError(f"--{args.mode}: {args.init} is no classifier; give the best.pt that "
                              "fine-tuning wrote")
         if num_classes not in (None, found):
+            wanted = "classes.json beside it names" if args.mode == "predict" else "--data has"
             raise ValueError(f"--{args.mode}: {args.init} has a head for {found} classes, and "
-                             f"{num_classes} are wanted; fine-tune it first")
+                             f"{wanted} {num_classes}")
     return model
 
 
@@ -658,15 +670,18 @@ def fit_batch(images: int, run: Run) -> None:
         if args.batch_given:
             raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training "
                              "images there are")
-        batch_size = max(images // 8 // parts, 1) * parts
+        batch_size = max(images // 8 // parts, 2 if args.linear else 1) * parts
         if batch_size > images:
-            raise ValueError(f"{images} training images are fewer than {run.world_size} processes "
+            raise ValueError(f"{images} training images are too few for {run.world_size} processes "
                              f"x --accum_steps {args.accum_steps}")
         args.lr *= batch_size / args.batch_size
         run.print(f"batch of {batch_size} for {images} images, not {args.batch_size}"
                   f"{f'; peak learning rate {args.lr:.2g}' if args.lr else ''}")
         args.batch_size = batch_size
     run.split_batch()
+    if args.linear and args.batch_size == parts:
+        raise ValueError(f"--batch_size {parts} leaves each process and --accum_steps part one "
+                         "image, and the probe's BatchNorm needs two")
 
 
 def read_beside(path: str, name: str, kind: type):

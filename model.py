@@ -504,7 +504,8 @@ def load_vit(
     if img_size is not None:
         sizes["img_size"] = img_size
     elif sizes["img_size"] is None:
-        raise ValueError(f"{path} is not for square images: give the image size")
+        raise ValueError(f"{path} is not for square images, which only load_vit takes: "
+                         "give it img_size=(height, width)")
     if num_classes is not None:
         sizes["num_classes"] = num_classes
     vit = ViT(**sizes, drop_path=drop_path)
@@ -531,7 +532,8 @@ def read_file(path: str) -> dict:
 def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
     """A ViT's state_dict from any file that `load_vit` takes; it may hold other keys as well."""
     content = read_file(path)
-    state = content.get("model") or content.get("module") or content
+    parts = (content.get("model"), content.get("module"), content)
+    state = next(part for part in parts if isinstance(part, dict) and part)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
@@ -558,7 +560,8 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
 def sizes_of(state: dict[str, Tensor], path: str) -> dict:
     """Keyword arguments of a state_dict's `ViT`; img_size is None if N is not a square number."""
     if any(key.startswith("features.encoder.") for key in state):
-        raise ValueError(f"{path} is of a linear probe; give the encoder that it was trained on")
+        raise ValueError(f"{path} is of a linear probe, whose top-1 is in log.jsonl beside it; "
+                         "give the encoder that it was trained on")
     for key in "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight":
         if key not in state:
             raise ValueError(f"{path} fits no ViT: it has no {key}")

@@ -684,7 +684,7 @@ def files(tmp_path_factory):
         "theirs.pth": official | about,
         "theirs_alone.pth": {"model": official["model"]},
         "theirs_tuned.pth": {"model": split_biases(classifier)} | about,
-        "text.pt": {"weights": torch.zeros(3)},
+        "text.pt": {"model": torch.zeros(3)},
         "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
         "layer_scale.pt": encoder | {"blocks.0.ls1.gamma": torch.ones(128)},
     }.items():
@@ -735,7 +735,7 @@ def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
 def test_oblong_grids_need_a_size_and_keep_their_positions(tmp_path):
     """2 x 8 patches are as many as 4 x 4, and must not be taken for them."""
     torch.save(small_vit(img_size=(32, 16)).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="give the image size"):
+    with pytest.raises(ValueError, match="img_size=.height, width"):
         load_vit(tmp_path / "x.pt")
     assert load_vit(tmp_path / "x.pt", img_size=(32, 16)).grid == (4, 2)
     model, state = small_vit(img_size=(16, 64)), small_vit(img_size=(16, 64)).state_dict()
@@ -987,6 +987,17 @@ def test_every_view_is_upright(tmp_path, orientation, kind):
     ):
         out = crop(Image.open(tmp_path / f"x.{kind}"))
         assert np.abs(middles(out) - COLOURS).max() <= (4 if kind == "jpg" else 1)
+
+
+TEXT_6 = struct.pack("<2sHIHHHI4sI", b"II", 42, 8, 1, 0x0112, 2, 2, b"6", 0)
+
+
+@pytest.mark.parametrize("exif", [b"garbage", TEXT_6], ids=["garbage", "text"])
+def test_an_orientation_that_cannot_be_read_is_upright(tmp_path, exif):
+    """No EXIF at all, and a "6" as text."""
+    RGB.save(tmp_path / "x.png", exif=exif)
+    out = data.center_crop(Image.open(tmp_path / "x.png"), 32, 1)
+    assert np.abs(middles(out) - COLOURS).max() <= 1
 
 
 def test_an_odd_exif_tag_does_no_harm(tmp_path):
@@ -1695,6 +1706,19 @@ def test_a_finished_run_stays_finished(finished, capsys):
     assert load(finished / "checkpoint.pt")["step"] == 6
 
 
+def test_fresh_forgets_the_old_run_at_once_and_a_restarted_one_goes_on(
+    finished, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    call(train, *TRAIN, "--out", finished, "--fresh")
+    assert "finished" in capsys.readouterr().out
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    monkeypatch.setattr(train.Run, "save_checkpoint", lambda *_: None)
+    stop_at(monkeypatch, 0)
+    said = refused(capsys, train, *TRAIN, "--out", finished, "--fresh", code=143)
+    assert "without --fresh" in said and not (finished / "checkpoint.pt").exists()
+
+
 def test_settings_that_may_change_are_those_of_the_new_call(finished, capsys):
     changed = ["--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6]
     call(train, *TRAIN, "--out", finished, *changed)
@@ -1824,6 +1848,8 @@ def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
     (["--mask_ratio", 1.5], "--mask_ratio: 1.5 must be"),
     (["--mask_ratio", "nan"], "--mask_ratio: nan must be"),
     (["--mask_ratio", 0], "--mask_ratio 0"),
+    (["--base_lr", "inf"], "--base_lr: inf must be"),
+    (["--seed", 2**63], "--seed: "),
     (["--inject", 1, 9], "1 to 4"),
     (["--accum_steps", 3], "--accum_steps 3"),
     (["--momentum", 0.9, 0.99, 2], "--momentum: 2 must be"),
@@ -1832,6 +1858,8 @@ def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
     (["--batch_size", 64], "--batch_size 64"),
     (["--workers", -1], "--workers: -1 must be"),
     (["--init", "none.pt"], "can't read"),
+    (["--init", ""], "--init is empty"),
+    (["--out", ""], "--out is empty"),
     (["--out", "/proc/nothing"], "--out /proc/nothing"),
     (["--device", "cuda"], "--device cuda"),
 ], ids=str)
@@ -2009,6 +2037,8 @@ def test_weights_that_do_not_fit_are_refused(files, tmp_path, capsys, name, flag
     (["--scratch", "--batch_size", 64], "--batch_size"),
     (["--scratch", "--knn", "--linear"], "give one"),
     (["--scratch", "--knn", "--depth", 9], "--depth 9"),
+    (["--scratch", "--lr", 0.1, "--base_lr", 0.1], "give one"),
+    (["--scratch", "--linear", "--depth", 4, "--accum_steps", 8], "needs two"),
 ], ids=str)
 def test_bad_calls_of_finetune(tmp_path, capsys, flags, words):
     flags = [*TUNE, "--recipe", "cifar10", "--model", "nano", "--out", tmp_path / "out", *flags]
@@ -2017,6 +2047,11 @@ def test_bad_calls_of_finetune(tmp_path, capsys, flags, words):
         flags.remove("nano")
     assert words in refused(capsys, finetune, *flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_base_lr_takes_the_place_of_lr():
+    args = finetune.parse_args(["--scratch", "--base_lr", "0.1"])
+    assert (args.lr, args.base_lr) == (0, 0.1)
 
 
 def class_folders(root, **sets):
@@ -2047,7 +2082,7 @@ def test_too_few_images_for_all_parts_are_refused(tmp_path, capsys):
     folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
     flags = ["--data", folder, "--scratch", "--recipe", "photos", "--accum_steps", 7]
     line = refused(capsys, finetune, *flags, "--workers", 0, "--out", tmp_path / "out")
-    assert "6 training images are fewer" in line
+    assert "6 training images are too few" in line
 
 
 def test_a_run_says_what_may_be_a_slip(unbroken, tmp_path, capsys):
@@ -2056,8 +2091,19 @@ def test_a_run_says_what_may_be_a_slip(unbroken, tmp_path, capsys):
     flags = ["--init", unbroken / "encoder.pt", "--data", folder, "--out", tmp_path / "out"]
     call(finetune, *FOLDERS, *flags, "--recipe", "photos")
     said = capsys.readouterr().out
-    assert "no validation image of: dog" in said
+    assert "no validation image of: 'dog'" in said
     assert "--recipe shapes, this is photos" in said
+
+
+def test_classes_with_other_names_are_refused(tmp_path, capsys):
+    """They would have the numbers of the old ones."""
+    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
+    flags = [*FOLDERS, "--scratch", "--data", folder, "--out", tmp_path / "out"]
+    call(finetune, *flags)
+    for name in "train", "val":
+        (folder / name / "cat").rename(folder / name / "eel")
+    assert "other classes" in refused(capsys, finetune, *flags, "--epochs", 2)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
 
 
 @pytest.fixture(scope="module")
@@ -2090,7 +2136,8 @@ def test_evaluation_needs_no_training_images(cats_and_dogs, tmp_path, capsys, mo
 
 
 def test_evaluation_takes_no_class_for_another(cats_and_dogs, tmp_path, capsys):
-    assert "a head for 2 classes, and 12" in refused(capsys, finetune, *EVAL, cats_and_dogs)
+    said = refused(capsys, finetune, *EVAL, cats_and_dogs)
+    assert "a head for 2 classes, and --data has 12" in said
     weights = shutil.copytree(cats_and_dogs.parent, tmp_path / "run") / "best.pt"
     flags = ["--data", class_folders(tmp_path / "a", val="ape bee")]
     assert "ape" in refused(capsys, finetune, *EVAL, weights, *flags)
@@ -2167,12 +2214,24 @@ def test_a_model_average_can_begin_later(unbroken, tmp_path):
     assert ["top1_ema" in line for line in read_log(tmp_path)] == [False, True]
 
 
-def test_linear_probe_learns_and_resumes(unbroken, tmp_path, capsys):
+def test_processes_share_the_statistics_of_the_probe():
+    norm, other = torch.nn.BatchNorm1d(3), {1.0: 4.0, 0.0: 2.0}
+    run = SimpleNamespace(world_size=2, all_reduce_sum=lambda x: x + other[x[0].item()])
+    finetune.average_statistics(norm, run)
+    assert norm.running_mean.tolist() == [1.0] * 3 and norm.running_var.tolist() == [2.5] * 3
+
+
+def test_linear_probe_learns_and_resumes(unbroken, tmp_path, capsys, monkeypatch):
+    calls = []
     flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE]
     flags += ["--linear", "--warmup_epochs", 0, "--base_lr", 50]
     call(finetune, *flags)
     assert read_log(tmp_path)[2]["loss"] < read_log(tmp_path)[0]["loss"]
+    average = finetune.average_statistics
+    monkeypatch.setattr(finetune, "average_statistics",
+                        lambda *args: calls.append(args) or average(*args))
     call(finetune, *flags, "--epochs", 4)
+    assert len(calls) == 6  # once a step
     assert "going on" in capsys.readouterr().out and len(read_log(tmp_path)) == 4
 
 
@@ -2195,8 +2254,9 @@ def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
                         lambda *_: [dict(top1=top1, top5=90) for top1 in next(scores)])
     monkeypatch.setattr(finetune, "draw_predictions", lambda *_: Image.new("RGB", (1, 1)))
     first, second = model.weight.item(), average.weight.item()
+    val = data.Samples(data.Shapes(12, 16), None)
     for expected in first, second, second:
-        run.log.append(finetune.evaluate_and_keep_the_best(model, average, None, run))
+        run.log.append(finetune.evaluate_and_keep_the_best(model, average, val, run))
         assert load(tmp_path / "best.pt")["weight"].item() == expected
         shaken(model)
         if expected == second:  # were it saved again, it would be with other weights
@@ -2308,6 +2368,8 @@ def test_predictions(tmp_path, capsys):
     (folder / "broken.png").write_text("no image")
 
     flags = ["--init", run / "best.pt", "--out", out, "--workers", 0, "--amp", "off"]
+    with patch.object(finetune, "eval_batches", None):  # it is said before anything is classified
+        assert "/proc" in refused(capsys, finetune, "--predict", folder, *flags, "--out", "/proc/x")
     call(finetune, "--predict", folder, *flags)
     said = capsys.readouterr()
     assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
@@ -2328,9 +2390,11 @@ def test_predictions(tmp_path, capsys):
     with Image.open(out / "predictions.png") as picture:
         assert picture.size == (8 * 152, 188)
 
-    (run / "classes.json").unlink()
+    for name in "classes.json", "config.json":
+        (run / name).unlink()
     call(finetune, "--predict", folder, *flags)
-    assert "classes are numbers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes are numbers" in said and "so --crop_ratio is 1.0" in said
 
 
 def test_prediction_needs_a_readable_image(files, tmp_path, capsys):

@@ -528,10 +528,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     whole, count = number(0, kind=int), number(1, kind=int)
     add("--out", help="folder for everything that is written; without it, one below output/")
-    add("--fresh", action="store_true", help="start over, even where there is a checkpoint")
+    add("--fresh", action="store_true", help="start over; a checkpoint in --out is removed")
     add("--accum_steps", type=count, default=1,
         help="cut a batch into so many parts, to save memory")
-    add("--seed", type=whole, default=0, help="of weights, order, crops and masks")
+    add("--seed", type=number(0, 2**63 - 1, int), default=0,
+        help="of weights, order, crops and masks")
     add("--workers", type=whole,
         help="loading processes for each training process; without it, 1 on a CPU, and with GPUs "
              "the number of cores per GPU, at most 16")
@@ -556,8 +557,9 @@ def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict],
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give "
              "fewer")
-    if args.data == "":
-        fail("--data is empty: name a folder, or leave it out for the built-in images")
+    for flag in "data", "init", "out", "predict":
+        if getattr(args, flag, None) == "":
+            fail(f"--{flag} is empty: name a file or folder, or leave it out")
     args.data = args.data and os.path.abspath(args.data)
     return args
 
@@ -599,6 +601,8 @@ class Run:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.is_main = self.rank == 0
+        self.restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max_restarts
+        self.fresh = args.fresh and self.restarts == "0"  # a restarted run goes on
         self.kept = f"nothing was saved over {args.out}/checkpoint.pt"
 
         cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -649,7 +653,7 @@ class Run:
     def resume(self, parts: dict, fixed: tuple[str, ...], steps_per_epoch: int) -> int:
         """Load the checkpoint, if there is one, into `parts`; returns the number of steps done."""
         path = os.path.join(self.args.out, "checkpoint.pt")
-        if self.args.fresh or not os.path.exists(path):
+        if self.fresh or not os.path.exists(path):
             return 0
         with one_line_errors():
             checkpoint = read_file(path)
@@ -682,6 +686,8 @@ class Run:
         changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
         if wrong := [f"--{name} {value}" for name, value in changed.items() if name in fixed]:
             fail(f"{path} was trained with {', '.join(wrong)}: give the same, {instead}")
+        if "classes" in changed:
+            fail(f"{path} was trained on other classes than --data has: give the same, {instead}")
         if (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
             fail(f"{path} had {steps} steps an epoch, not {steps_per_epoch}: give the same data "
                  f"and --batch_size, {instead}")
@@ -707,9 +713,13 @@ class Run:
             self.print("this run is finished; --fresh starts it over, more --epochs make it longer")
         else:
             self.make_out()
+            if self.fresh and self.is_main:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.args.out, "checkpoint.pt"))
             self.save(json.dumps(self.config, indent=1).encode(), "config.json")
             self.save_log()  # a kill may have left a line more than the checkpoint knows of
-            self.print(json.dumps(self.config))
+            settings = {name: value for name, value in self.config.items() if name != "classes"}
+            self.print(json.dumps(settings))
         self.began, self.began_step = time.time(), start
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
@@ -722,7 +732,7 @@ class Run:
             # After `torchrun --max_restarts` has restarted processes, the store still has the
             # addresses of the dead ones, so each restart gets its own prefix. This works on one
             # machine only: each machine counts its own restarts.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            store = dist.PrefixStore(self.restarts, store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -810,8 +820,9 @@ class Run:
         return int(flag) > 0
 
     def stop(self, step: int):
+        same = "the same command, without --fresh," if self.args.fresh else "the same command"
         fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; "
-             f"{self.args.out}/checkpoint.pt holds it, the same command goes on",
+             f"{self.args.out}/checkpoint.pt holds it, {same} goes on",
              code=128 + self.signal)
 
     # ---- files, written by rank 0
