@@ -9,7 +9,6 @@ import copy
 import csv
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -24,7 +23,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -42,16 +40,8 @@ import finetune
 import train
 from masking import block_mask, random_mask
 from model import (
-    SIZES,
-    BootMAE,
-    ViT,
-    from_official,
-    load_matching,
-    load_vit,
-    loss_weight,
-    patchify,
-    resize_positions,
-    unpatchify,
+    SIZES, BootMAE, ViT, from_official, load_matching, load_vit, loss_weight, patchify,
+    resize_positions, unpatchify,
 )
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU adds in another order from run to run
@@ -59,24 +49,8 @@ torch.set_num_threads(1)  # as in the processes that `launch` starts: sums are e
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def near(a, b, atol=1e-6):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-def assert_same(a, b, **tolerance):
-    """Nested dicts, lists and tensors: equal to the bit, or within a tolerance."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key], **tolerance)
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y, **tolerance)
-    elif tolerance and isinstance(a, float | torch.Tensor):
-        torch.testing.assert_close(a, b, **tolerance)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,25 +253,17 @@ def test_forward_matches_the_definition(depth, inject, feature_target, weighted)
     torch.testing.assert_close(out.pixel_loss.double(), pixel_loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(out.feature_loss.double(), feature_loss.double(), rtol=1e-5, atol=0)
     if feature_target:
-        near(out.features, features.take_along_dim(out.masked[:, :, None], 1))
-    else:
-        assert out.features is None
+        features = features.take_along_dim(out.masked[:, :, None], 1)
+    near(out.features, features)
 
 
 def test_resized_positions_keep_cls_and_smooth_maps():
-    grid, new_grid = (6, 8), (12, 4)
     ramp = torch.arange(48.0).view(1, 48, 1).repeat(1, 1, 4)
     table = torch.cat([torch.full((1, 1, 4), 7.0), ramp], dim=1)
-    resized = resize_positions(table, grid, new_grid)
-    assert resized.shape == (1, 49, 4) and (resized[0, 0] == 7).all()
-    expected = F.interpolate(ramp.view(6, 8, 4).permute(2, 0, 1)[None], new_grid, mode="bicubic")
-    torch.testing.assert_close(resized[0, 1:], expected[0].permute(1, 2, 0).reshape(48, 4))
-    assert resize_positions(table, grid, grid) is table
-
-
-def test_unpatchify_undoes_patchify():
-    image = torch.rand(2, 3, 8, 12)
-    assert torch.equal(unpatchify(patchify(image, 4), 4, (2, 3)), image)
+    resized = resize_positions(table, (6, 8), (12, 4))
+    expected = F.interpolate(ramp.view(6, 8, 4).permute(2, 0, 1)[None], (12, 4), mode="bicubic")
+    near(resized, torch.cat([table[:, :1], expected.flatten(2).mT], dim=1), atol=1e-4)
+    assert resize_positions(table, (6, 8), (6, 8)) is table
 
 
 def test_masked_pixels_do_not_reach_the_predictions():
@@ -313,8 +279,7 @@ def test_order_of_visible_tokens_does_not_matter():
     visible, _ = model.split(images, mask)
     latent, _ = model.encoder.encode(patchify(images, 4), visible)
     turned, _ = model.encoder.encode(patchify(images, 4), visible.flip(1))
-    torch.testing.assert_close(latent[:, 1:].flip(1), turned[:, 1:])
-    torch.testing.assert_close(latent[:, 0], turned[:, 0])
+    near(torch.cat([latent[:, :1], latent[:, 1:].flip(1)], dim=1), turned)
 
 
 def test_feature_loss_trains_encoder_and_predictor_alone():
@@ -337,17 +302,16 @@ def test_every_trained_parameter_gets_a_gradient(changes):
 
 def test_teacher_starts_as_the_encoder_and_follows_it():
     model = BootMAE(**SMALL)
-    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
-    assert_same(before, dict(model.encoder.named_parameters()))
+    before = copy.deepcopy(model.teacher.state_dict())
+    assert_same(before, model.encoder.state_dict())
     shaken(model.encoder)
     model.update_teacher(0.9)
     for name, p in model.teacher.named_parameters():
-        student = model.encoder.get_parameter(name)
-        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * student)
+        near(p.data, 0.9 * before[name] + 0.1 * model.encoder.get_parameter(name).data)
 
 
-def test_every_linear_map_starts_xavier_uniform():
-    """In encoder and decoders; q, k and v each as a matrix of its own."""
+def test_weights_start_xavier_uniform_and_tokens_small():
+    """q, k and v each are a matrix of their own."""
     torch.manual_seed(0)
     model = BootMAE(32, 8, embed_dim=64, depth=2, num_heads=4, decoder_dim=32, decoder_depth=2)
     for name, module in model.named_modules():
@@ -357,11 +321,6 @@ def test_every_linear_map_starts_xavier_uniform():
                 bound = math.sqrt(6 / sum(matrix.shape))
                 assert 0.95 * bound < matrix.abs().max() <= bound, name
             assert module.bias.abs().max() == 0, name
-
-
-def test_tokens_and_heads_start_small():
-    torch.manual_seed(0)
-    model = BootMAE(32, 8, embed_dim=64, depth=1, num_heads=4, decoder_dim=32, decoder_depth=1)
     for decoder in model.regressor, model.predictor:
         assert 0.014 < decoder.mask_token.std() < 0.026
     assert 0 < model.encoder.cls_token.abs().max() < 1e-4
@@ -409,25 +368,15 @@ def test_feature_maps():
     encoder = ViT(**SMALL).double()
     images = torch.rand(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
     maps = encoder.feature_maps(images, (3, 1))
-    patches = naive_patches(images[1].detach())
-    outputs = naive_encoder(encoder.state_dict(), "", patches, range(6))
+    outputs = naive_encoder(encoder.state_dict(), "", naive_patches(images[1].detach()), range(6))
     for number, fmap in zip((3, 1), maps):
-        expected = torch.stack(outputs[number - 1][1:])
-        near(fmap[1], expected.T.view(24, 2, 3))
+        near(fmap[1], torch.stack(outputs[number - 1][1:]).T.view(24, 2, 3))
     maps[0].sum().backward()
     assert images.grad.abs().amax(dim=1).min() > 0
     larger = torch.rand(1, 3, 24, 8, dtype=torch.float64)
     assert encoder.feature_maps(larger, (2,))[0].shape == (1, 24, 6, 2)
     with pytest.raises(ValueError, match="1 to 3"):
         encoder.feature_maps(images, (0,))
-
-
-def test_forward_waits_for_no_gpu():
-    """A tensor on the meta device has no values to wait for; the mask stays on the CPU."""
-    model, images, mask = small_model()
-    out = model.to("meta")(images.to("meta"), mask)
-    (out.pixel_loss + out.feature_loss).backward()
-    assert out.pixels.is_meta
 
 
 def test_compiled_forward_and_gradients_are_the_same():
@@ -480,13 +429,10 @@ def split_biases(weights):
     """As the authors store them: q's and v's apart, none for k."""
     theirs = {}
     for key, value in weights.items():
-        if key.endswith("qkv.bias"):
-            stem, values = key.removesuffix("qkv.bias"), value.chunk(3)
-            theirs |= {stem + "q_bias": values[0], stem + "v_bias": values[2]}
-        elif key.endswith("kv.bias"):
-            theirs[key.removesuffix("kv.bias") + "v_bias"] = value.chunk(2)[1]
-        elif key.endswith(".q.bias"):
-            theirs[key.removesuffix("q.bias") + "q_bias"] = value
+        attention, dot, layer = key.removesuffix(".bias").rpartition(".")
+        if key.endswith(".bias") and layer in ("q", "kv", "qkv"):
+            parts = dict(zip(layer, value.chunk(len(layer))))
+            theirs |= {f"{attention}.{name}_bias": parts[name] for name in parts if name != "k"}
         else:
             theirs[key] = value
     return theirs
@@ -510,25 +456,30 @@ def to_official(model):
     return {"model": split_biases(theirs), "model_ema": split_biases(model.teacher.state_dict())}
 
 
+@pytest.fixture
+def pretrained():
+    """A model, and its weights in the authors' layout.
+
+    As 12 heads do not divide a width of 512, 6 do not divide 32: q, k and v are narrower.
+    """
+    model = shaken(BootMAE(12, 4, embed_dim=48, depth=2, num_heads=6, decoder_dim=32))
+    return model, copy.deepcopy(to_official(model))
+
+
 @pytest.mark.parametrize("name", ["model", "module"])  # 'module' is DeepSpeed's
-def test_from_official_pretraining(name):
-    """As 12 heads do not divide a width of 512, 6 do not divide 32: q, k and v are narrower."""
-    model = BootMAE(12, 4, embed_dim=48, depth=2, num_heads=6, decoder_dim=32)
-    theirs = to_official(shaken(model))
+def test_from_official_pretraining(pretrained, name):
+    model, theirs = pretrained
     assert theirs["model"]["decode_blocks.0.attn.q_bias"].shape == (30,)
-    theirs = {name: theirs["model"], "model_ema": theirs["model_ema"]}
-    model.load_state_dict(from_official(theirs), strict=True)
-    again = to_official(model)
-    assert_same(again["model"], theirs[name])
-    assert_same(again["model_ema"], theirs["model_ema"])
+    weights = from_official({name: theirs["model"], "model_ema": theirs["model_ema"]})
+    model.load_state_dict(weights, strict=True)
+    assert_same(to_official(model), theirs)
     assert model.regressor.blocks[0].attn.qkv.bias[30:60].abs().max() == 0  # k's
     assert model.regressor.blocks[0].cross_attn.kv.bias[:30].abs().max() == 0
 
 
-def test_from_official_turns_their_pixel_head_into_a_linear_map():
+def test_from_official_turns_their_pixel_head_into_a_linear_map(pretrained):
     """Theirs is a transposed convolution over the grid of tokens."""
-    model = BootMAE(12, 4, embed_dim=48, depth=1, num_heads=6, decoder_dim=32)
-    theirs = to_official(shaken(model))["model"]
+    model, theirs = pretrained[0], pretrained[1]["model"]
     model.load_state_dict(from_official(theirs))
     tokens = torch.randn(2, 32, 3, 3)
     weight, bias = theirs["lm_head.proj.weight"], theirs["lm_head.proj.bias"]
@@ -536,20 +487,11 @@ def test_from_official_turns_their_pixel_head_into_a_linear_map():
     near(unpatchify(model.regressor.head(tokens.flatten(2).mT), 4, (3, 3)), expected)
 
 
-def test_from_official_without_an_average_teaches_by_the_encoder():
-    theirs = to_official(shaken(BootMAE(**SMALL, decoder_dim=20)))["model"]
-    ours = from_official(theirs)
-    assert torch.equal(ours["teacher.cls_token"], theirs["cls_token"])
+def test_from_official_without_an_average_teaches_by_the_encoder(pretrained):
+    theirs = pretrained[1]["model"]
+    assert torch.equal(from_official(theirs)["teacher.cls_token"], theirs["cls_token"])
     with pytest.raises(ValueError, match="surprise"):
         from_official(theirs | {"surprise.weight": torch.zeros(1)})
-
-
-def test_from_official_fine_tuned():
-    model = shaken(ViT(**SMALL, num_classes=5))
-    theirs = split_biases(model.state_dict())
-    model.load_state_dict(from_official({"model": theirs}), strict=True)
-    assert_same(split_biases(model.state_dict()), theirs)
-    assert model.blocks[1].attn.qkv.bias[24:48].abs().max() == 0  # k's
 
 
 @pytest.fixture
@@ -563,9 +505,8 @@ def official(monkeypatch):
         pytest.skip("BOOTMAE_OFFICIAL names no checkout of https://github.com/LightDXY/BootMAE")
     anything = MagicMock(register_model=lambda factory: factory, to_2tuple=lambda n: (n, n),
                          trunc_normal_=torch.nn.init.trunc_normal_, inf=math.inf)
-    names = ["timm", "timm.models", "timm.models.layers", "timm.models.registry", "timm.utils",
-             "torch._six", "torchvision", "torchvision.utils", "tensorboardX", "datasets",
-             "optim_factory"]
+    names = """timm timm.models timm.models.layers timm.models.registry timm.utils torch._six
+               torchvision torchvision.utils tensorboardX datasets optim_factory""".split()
     monkeypatch.syspath_prepend(os.path.abspath(os.environ["BOOTMAE_OFFICIAL"]))
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
@@ -597,7 +538,7 @@ def assert_same_gradients(ours, theirs):
                 grad, wanted = grad.view(3, -1).sum(dim=1), wanted.view(3, -1)[:, 0]
             scale = float(wanted.abs().max())
             assert scale > 0, name
-            torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-6 * scale, msg=name)
+            near(grad, wanted, atol=1e-6 * scale, msg=name)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -651,10 +592,9 @@ def test_official_fine_tuning(official, monkeypatch):
     ours = ViT(56, 4, 96, 12, 12, num_classes=7).double()
     ours.load_state_dict(from_official({"module": theirs.state_dict()}))
     images, labels = torch.rand(3, 3, 56, 56).double() * 2 - 1, torch.tensor([0, 3, 6])
-    logits = []
-    for model in ours, theirs:
-        logits.append(model(images))
-        F.cross_entropy(logits[-1], labels).backward()
+    logits = ours(images), theirs(images)
+    for answers in logits:
+        F.cross_entropy(answers, labels).backward()
     near(*logits, atol=1e-8)
     assert_same_gradients(ours, theirs)
 
@@ -670,22 +610,21 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     model = BootMAE(img_size=32, patch_size=8, **SIZES["nano"], decoder_dim=64)
     model.teacher.load_state_dict(small_vit().state_dict())  # of another seed
-    encoder, classifier = model.encoder.state_dict(), small_vit(num_classes=12).state_dict()
+    classifier = shaken(small_vit(num_classes=12))
+    for block in classifier.blocks:
+        block.attn.qkv.bias.data[128:256] = 0  # k's, as the authors have none
+    encoder, classifier = model.encoder.state_dict(), classifier.state_dict()
     official = to_official(model)
     about = {"args": argparse.Namespace(model="pretrain_base", epochs=800), "epoch": 799}
     decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
     head = {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}
     for name, content in {
         "checkpoint.pt": {"model": model.state_dict(), "optimizer": {}, "step": 1},
-        "encoder.pt": encoder,
-        "best.pt": classifier,
-        "mae.pth": {"model": encoder | decoder},
-        "timm.pth": encoder | head,
-        "theirs.pth": official | about,
-        "theirs_alone.pth": {"model": official["model"]},
+        "encoder.pt": encoder, "best.pt": classifier,
+        "mae.pth": {"model": encoder | decoder}, "timm.pth": encoder | head,
+        "theirs.pth": official | about, "theirs_alone.pth": {"model": official["model"]},
         "theirs_tuned.pth": {"model": split_biases(classifier)} | about,
-        "text.pt": {"model": torch.zeros(3)},
-        "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
+        "text.pt": {"model": torch.zeros(3)}, "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
         "layer_scale.pt": encoder | {"blocks.0.ls1.gamma": torch.ones(128)},
     }.items():
         torch.save(content, folder / name)
@@ -693,25 +632,21 @@ def files(tmp_path_factory):
     return folder, weights
 
 
-@pytest.mark.parametrize("name, teacher, expected, words", [
-    ("checkpoint.pt", False, "encoder", "left out: norm.bias"),
-    ("checkpoint.pt", True, "teacher", "left out: norm.bias"),
-    ("encoder.pt", False, "encoder", "new: fc_norm.bias"),
-    ("best.pt", False, "classifier", "new: nothing"),
-    ("mae.pth", False, "encoder", "mask_token"),
-    ("timm.pth", False, "encoder", "head.weight"),
-    ("theirs.pth", False, "encoder", "new: fc_norm.bias"),
-    ("theirs.pth", True, "teacher", "new: fc_norm.bias"),
-    ("theirs_tuned.pth", False, "classifier", "new: nothing"),
+@pytest.mark.parametrize("name, part, words", [
+    ("checkpoint.pt", "encoder", "left out: norm.bias"), ("theirs.pth", "encoder", "new: fc_norm"),
+    ("checkpoint.pt", "teacher", "left out: norm.bias"), ("theirs.pth", "teacher", "new: fc_norm"),
+    ("encoder.pt", "encoder", "new: fc_norm.bias"), ("best.pt", "classifier", "out: nothing; new"),
+    ("mae.pth", "encoder", "mask_token"), ("timm.pth", "encoder", "head.weight"),
+    ("theirs_tuned.pth", "classifier", "left out: nothing; new: nothing"),
 ])
-def test_weights_of_every_origin(files, name, teacher, expected, words):
+def test_weights_of_every_origin(files, name, part, words):
     folder, weights = files
     said = []
-    model = load_vit(folder / name, num_classes=12, teacher=teacher, report=said.append)
+    model = load_vit(folder / name, None, 12, teacher=part == "teacher", report=said.append)
     assert name in said[0] and words in said[0]
-    loaded = model.state_dict()
-    for key, value in weights[expected].items():
-        assert not key.startswith("blocks") or torch.equal(loaded[key], value), key
+    for key, value in model.state_dict().items():
+        if part == "classifier" or key.startswith("blocks"):
+            assert torch.equal(value, weights[part][key]), key
 
 
 def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
@@ -773,21 +708,17 @@ def is_union_of_rectangles(mask, smallest):
     return not left.any()
 
 
-def test_block_masks_are_blocks():
-    """120 of 196 in rectangles of 16 or more, which rounding may take down to 14."""
+def test_block_masks_are_blocks_filled_up_at_random():
+    """120 of 196 in rectangles of 16 or more, which rounding may take down to 14; 27 anywhere."""
+    def are_blocks(masks):
+        return [is_union_of_rectangles(mask, 14) for mask in masks.view(-1, 14, 14)[:8].numpy()]
+
     generator = torch.Generator().manual_seed(0)
-    blocks = block_mask(8, (14, 14), 120, generator).view(8, 14, 14).numpy()
-    assert all(is_union_of_rectangles(mask, 14) for mask in blocks)
-    scattered = random_mask(8, 196, 120, generator).view(8, 14, 14).numpy()
-    assert not any(is_union_of_rectangles(mask, 14) for mask in scattered)
-
-
-def test_block_masks_are_filled_up_at_random():
-    """The published 147 of 196 are 120 in blocks and 27 anywhere."""
-    masks = block_mask(64, (14, 14), 147, torch.Generator().manual_seed(0)).view(64, 14, 14)
-    assert not all(is_union_of_rectangles(mask, 14) for mask in masks[:8].numpy())
-    scattered = random_mask(64, 196, 147, torch.Generator().manual_seed(0))
-    blocks, scattered = (loss_weight(m.flatten(1), (14, 14)).mean() for m in (masks, scattered))
+    filled = block_mask(64, (14, 14), 147, generator)
+    scattered = random_mask(64, 196, 147, generator)
+    assert all(are_blocks(block_mask(8, (14, 14), 120, generator)))
+    assert not all(are_blocks(filled)) and not any(are_blocks(scattered))
+    blocks, scattered = (loss_weight(mask, (14, 14)).mean() for mask in (filled, scattered))
     assert blocks > scattered + 0.02  # more masked neighbours
 
 
@@ -819,12 +750,9 @@ def test_blocks_have_16_to_60_of_196_patches(grid, bound, side):
     assert (holes.flatten(1).amin(dim=1) == 0).all()
 
 
-@pytest.mark.parametrize("make", [
-    lambda seed: random_mask(200, 64, 48, torch.Generator().manual_seed(seed)),
-    lambda seed: block_mask(200, (8, 8), 48, torch.Generator().manual_seed(seed)),
-], ids=["random", "block"])
-def test_masks_follow_the_generator_and_reach_every_patch(make):
-    a, b, c = make(0), make(0), make(1)
+@pytest.mark.parametrize("kind, patches", [(random_mask, 64), (block_mask, (8, 8))])
+def test_masks_follow_the_generator_and_reach_every_patch(kind, patches):
+    a, b, c = (kind(200, patches, 48, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert len(a.unique(dim=0)) == 200
     frequency = a.float().mean(dim=0)
@@ -946,19 +874,14 @@ RGB, PALETTE = quarters(COLOURS), quarters(COLOURS).quantize(4)
 RGBA = quarters(np.c_[COLOURS, VEIL])
 DEEP = quarters(LEVELS * np.uint16(257))
 KINDS = {  # name: image, colours of the quarters, their opacity (what lies below is white)
-    "rgb.png": (RGB, COLOURS),
-    "large.jpg": (RGB.resize((1280, 960)), COLOURS),
-    "cmyk.jpg": (RGB.convert("CMYK"), COLOURS),
-    "l.jpg": (quarters(LEVELS), LEVELS),
+    "rgb.png": (RGB, COLOURS), "large.jpg": (RGB.resize((1280, 960)), COLOURS),
+    "cmyk.jpg": (RGB.convert("CMYK"), COLOURS), "l.jpg": (quarters(LEVELS), LEVELS),
     "la.png": (quarters(np.c_[LEVELS, VEIL]), LEVELS, VEIL),
-    "rgba.png": (RGBA, COLOURS, VEIL),
-    "rgba.webp": (RGBA, COLOURS, VEIL),
-    "p.gif": (PALETTE, COLOURS),
-    "p_cut.png": (PALETTE, COLOURS, CUT),
+    "rgba.png": (RGBA, COLOURS, VEIL), "rgba.webp": (RGBA, COLOURS, VEIL),
+    "p.gif": (PALETTE, COLOURS), "p_cut.png": (PALETTE, COLOURS, CUT),
     "rgb_cut.png": (RGB, COLOURS, CUT),
     "1.png": (quarters(LEVELS).point(lambda v: 255 * (v > 99), "1"), 255 * (LEVELS > 99)),
-    "16.png": (DEEP, LEVELS),
-    "16.pgm": (DEEP, LEVELS),
+    "16.png": (DEEP, LEVELS), "16.pgm": (DEEP, LEVELS),
     "i.tif": (quarters(LEVELS * np.int32(257)), LEVELS),
     "f.tif": (quarters(LEVELS / np.float32(9)), LEVELS),
 }
@@ -1010,7 +933,11 @@ def test_an_odd_exif_tag_does_no_harm(tmp_path):
     assert np.abs(middles(out) - COLOURS).max() <= 4
 
 
-def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
+@pytest.mark.parametrize("box, shrink", [
+    ((0, 0, 1101, 807), 8), ((301, 200, 1101, 807), 8), ((5, 7, 400, 407), 4),
+    ((100.5, 50.25, 700, 790), 4), ((40, 40, 160, 150), 1),
+], ids=str)
+def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch, box, shrink):
     """To at least twice the pixels wanted; the opened image stays as it is, for another view."""
     shrinks, draft = [], JpegImageFile.draft
 
@@ -1022,25 +949,18 @@ def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
 
     monkeypatch.setattr(JpegImageFile, "draft", recorded)
     noise = np.random.default_rng(0).integers(0, 256, (75, 64, 3), dtype=np.uint8)
-    photo = Image.fromarray(noise).resize((1101, 807), BICUBIC)
-    photo.save(tmp_path / "x.jpg", quality=92)
-    full, opened = (Image.open(tmp_path / "x.jpg") for _ in range(2))
-    full = full.convert("RGB")
-    for box, shrink in (
-        ((0, 0, 1101, 807), 8), ((301, 200, 1101, 807), 8), ((5, 7, 400, 407), 4),
-        ((100.5, 50.25, 700, 790), 4), ((40, 40, 160, 150), 1),
-    ):
-        shrinks.clear()
-        view = data.crop_resize(opened, box, (40, 32))
-        assert (shrinks or [1]) == [shrink] and opened.size == (1101, 807)
-        error = np.abs(np.subtract(view, full.resize((40, 32), BICUBIC, box), dtype=int))
-        assert error.mean() < 2 if shrink > 1 else not error.any()
+    Image.fromarray(noise).resize((1101, 807), BICUBIC).save(tmp_path / "x.jpg", quality=92)
+    opened = Image.open(tmp_path / "x.jpg")
+    view = data.crop_resize(opened, box, (40, 32))
+    assert (shrinks or [1]) == [shrink] and opened.size == (1101, 807)
+    expected = Image.open(tmp_path / "x.jpg").convert("RGB").resize((40, 32), BICUBIC, box)
+    error = np.abs(np.subtract(view, expected, dtype=int))
+    assert error.mean() < 2 if shrink > 1 else not error.any()
 
 
 def test_center_crop():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 256, 3), dtype=np.uint8)
-    photo = Image.fromarray(pixels)
-    # The short side is 256 already.
+    photo = Image.fromarray(pixels)  # its short side is 256 already
     assert np.array_equal(data.center_crop(photo, 224), pixels[38:262, 16:240])
     by_hand = photo.crop((0, 6, 256, 294)).resize((64, 72), BICUBIC).crop((8, 12, 56, 60))
     error = np.subtract(by_hand, data.center_crop(photo, 48, 0.75), dtype=int)
@@ -1048,14 +968,12 @@ def test_center_crop():
 
 
 def test_flip_mirrors_half_of_the_images():
-    rng = random.Random(0)
+    rng, mirrored = random.Random(0), RGB.transpose(T.FLIP_LEFT_RIGHT)
     flips = [data.flip(RGB, rng) for _ in range(100)]
-    assert 30 < flips.count(RGB.transpose(T.FLIP_LEFT_RIGHT)) < 70
-    assert flips.count(RGB) == 100 - flips.count(RGB.transpose(T.FLIP_LEFT_RIGHT))
+    assert 30 < flips.count(mirrored) < 70 and flips.count(RGB) + flips.count(mirrored) == 100
 
 
-def test_tensors_are_channels_first_and_scaled_to_minus_1_to_1():
-    assert np.array_equal(data.to_tensor(RGB), np.moveaxis(np.asarray(RGB), 2, 0))
+def test_pixels_are_scaled_to_minus_1_to_1():
     near(data.scale_pixels(torch.arange(256).byte()), torch.arange(256) / 127.5 - 1)
 
 
@@ -1116,12 +1034,6 @@ def assert_augmented(name, s, expected, atol, image=PHOTO):
     assert np.abs(out - np.clip(expected, 0, 255)).max() <= atol, name
 
 
-def test_there_are_15_operations():
-    names = "autocontrast equalize invert rotate posterize solarize solarize_add colour contrast " \
-            "brightness sharpness shear_x shear_y translate_x translate_y"
-    assert set(data.RAND_AUGMENT) == set(names.split())
-
-
 @SIGNED
 def test_operations_on_values(s):
     p, m = np.asarray(PHOTO, dtype=int), abs(s)
@@ -1165,10 +1077,8 @@ def test_operations_that_move_pixels(s):
     here = x - 9.5 + 1j * (y - 9.5)
     for name, z in {
         "rotate": here * np.exp(1j * math.pi / 6 * s),
-        "translate_x": here + 9 * s,
-        "translate_y": here + 9j * s,
-        "shear_x": here + 0.3 * s * (here.imag + 10),
-        "shear_y": here + 0.3j * s * (here.real + 10),
+        "translate_x": here + 9 * s, "shear_x": here + 0.3 * s * (here.imag + 10),
+        "translate_y": here + 9j * s, "shear_y": here + 0.3j * s * (here.real + 10),
     }.items():
         out = np.asarray(data.RAND_AUGMENT[name](Image.fromarray(ramps), abs(s), s))
         expected = np.stack([100 + 10 * z.real, 100 + 10 * z.imag, 0 * x + 200], axis=-1)
@@ -1186,13 +1096,13 @@ def test_moves_are_bicubic():
 
 
 def test_rand_augment_follows_rng_and_keeps_its_input():
-    image = Image.linear_gradient("L").convert("RGB")
-    one, two, other = (
-        [data.rand_augment(image, rng).tobytes() for _ in range(20)]
-        for rng in (random.Random(1), random.Random(1), random.Random(2))
-    )
-    assert one == two != other
-    assert image == Image.linear_gradient("L").convert("RGB")
+    def distorted(seed):
+        rng = random.Random(seed)
+        return [data.rand_augment(PHOTO, rng).tobytes() for _ in range(20)]
+
+    before = PHOTO.copy()
+    assert distorted(1) == distorted(1) != distorted(2)
+    assert before == PHOTO
 
 
 @pytest.fixture
@@ -1237,10 +1147,13 @@ def erased(images, *options):
     return data.random_erasing(images, *options, generator=generator)
 
 
-def test_a_quarter_of_the_images_is_erased():
+def test_a_quarter_of_the_images_is_erased_by_normal_noise():
     out = erased(BLANK)
     assert torch.equal(out, erased(BLANK)) and (BLANK == 100).all()
     assert 0.21 < (out != 100).flatten(1).any(dim=1).float().mean() < 0.29
+    noise = out[out != 100]
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert len(noise.unique()) > 0.9 * len(noise)  # not one value for a rectangle
 
 
 def test_erased_rectangles():
@@ -1261,13 +1174,6 @@ def test_erased_rectangles():
     for start, room in (top, 24 - h), (left, 36 - w):
         assert min(start) == max(start - room) == 0
         assert (start / room).mean() == pytest.approx(0.5, abs=0.03)
-
-
-def test_erased_pixels_are_normal_noise():
-    out = erased(BLANK, 1)
-    noise = out[out != 100]
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    assert len(noise.unique()) > 0.9 * len(noise)  # not one value for a rectangle
 
 
 def test_erasing_tries_ten_rectangles():
@@ -1291,40 +1197,29 @@ def mixed_targets(labels, share):
     return 0.1 / 5 + 0.9 * (share * one_hot + (1 - share) * one_hot.flip(0))
 
 
-def test_mixup_blends_images_and_labels():
-    shares = []
-    for seed in range(300):
-        images, labels, out, targets, _ = mixed(seed, 3, 0)
-        share = float(((out - images.flip(0)) / (images - images.flip(0))).median())
-        near(out, share * images + (1 - share) * images.flip(0), atol=1e-5)
+@pytest.mark.parametrize("alphas, mixup, variance", [
+    ((), 0.5, 1 / (8 * 0.8 + 4)), ((3, 0), 1, 1 / (8 * 3 + 4)), ((0, 1), 0, 0),
+], ids=["half", "mixup", "cutmix"])
+def test_batches_get_mixup_or_cutmix(alphas, mixup, variance):
+    """Mixup's share comes from Beta(a, a), which has mean 1/2 and variance 1 / (8 a + 4)."""
+    blended, pasted = [], []  # what images keep
+    for seed in range(600):
+        images, labels, out, targets, box = mixed(seed, *alphas)
+        if ((out == images)[0, 0] | box).all():
+            assert box.any(dim=1).sum() * box.any(dim=0).sum() == box.sum()  # one box
+            assert torch.equal(out, torch.where(box, images.flip(0), images))
+            share = 1 - int(box.sum()) / 120
+            pasted.append(share)
+        else:
+            share = float(((out - images.flip(0)) / (images - images.flip(0))).median())
+            near(out, share * images + (1 - share) * images.flip(0), atol=1e-5)
+            blended.append(share)
         near(targets, mixed_targets(labels, share), atol=1e-5)
-        shares.append(share)
-    # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4).
-    assert [np.mean(shares), np.var(shares)] == pytest.approx([0.5, 1 / 28], abs=0.02)
-
-
-def test_cutmix_pastes_a_box_and_counts_what_is_left():
-    shares = []
-    for seed in range(300):
-        images, labels, out, targets, pasted = mixed(seed, 0, 1)
-        height, width = pasted.any(dim=1).sum().item(), pasted.any(dim=0).sum().item()
-        assert height * width == pasted.sum()  # one box
-        assert torch.equal(out, torch.where(pasted, images.flip(0), images))
-        shares.append(1 - height * width / 120)
-        near(targets, mixed_targets(labels, shares[-1]), atol=1e-5)
-    # A box around a uniform centre is cut off by the border.
-    assert np.mean(shares) == pytest.approx(1 - (1 / 2 - 1 / 5 + 1 / 48), abs=0.05)
-
-
-def test_half_of_the_batches_get_mixup_with_alpha_0_8():
-    shares = []
-    for seed in range(1000):
-        images, _, out, _, pasted = mixed(seed)
-        if not ((out == images)[0, 0] | pasted).all():
-            share = ((out - images.flip(0)) / (images - images.flip(0))).median()
-            shares.append(float(share))
-    assert len(shares) == pytest.approx(500, abs=40)
-    assert np.var(shares) == pytest.approx(1 / (8 * 0.8 + 4), abs=0.02)
+    assert len(blended) == pytest.approx(600 * mixup, abs=100 * mixup * (1 - mixup))
+    if blended:
+        assert [np.mean(blended), np.var(blended)] == pytest.approx([0.5, variance], abs=0.02)
+    if pasted:  # a box around a uniform centre is cut off by the border
+        assert np.mean(pasted) == pytest.approx(1 - (1 / 2 - 1 / 5 + 1 / 48), abs=0.05)
 
 
 def test_without_mixup_and_cutmix_labels_are_smoothed():
@@ -1333,12 +1228,15 @@ def test_without_mixup_and_cutmix_labels_are_smoothed():
     near(targets, mixed_targets(labels, 1))
 
 
-def test_erasing_and_mixing_wait_for_no_gpu():
-    """A tensor on the meta device has no values to wait for."""
-    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-    images, labels = images.to("meta", torch.bfloat16), labels.to("meta")
+def test_erasing_mixing_and_forward_wait_for_no_gpu():
+    """A tensor on the meta device has no values to wait for; the mask stays on the CPU."""
+    images, labels = torch.zeros(4, 3, 8, 8).to("meta", torch.bfloat16), torch.zeros(4).long()
     assert data.random_erasing(images).dtype == torch.bfloat16
-    assert data.mixup_cutmix(images, labels, 5)[0].dtype == torch.bfloat16
+    assert data.mixup_cutmix(images, labels.to("meta"), 5)[0].dtype == torch.bfloat16
+    model, images, mask = small_model()
+    out = model.to("meta")(images.to("meta"), mask)
+    (out.pixel_loss + out.feature_loss).backward()
+    assert out.pixels.is_meta
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1359,25 +1257,21 @@ def test_samples_depend_on_seed_epoch_and_index_alone():
     assert len(set(draws)) == 30
     keys = [20, 3, 3, 11]
     loader = torch.utils.data.DataLoader(samples, batch_size=None, sampler=keys, num_workers=2)
-    assert_same([list(sample) for sample in loader], [list(first[key]) for key in keys])
+    assert_same(list(loader), [first[key] for key in keys])
 
 
 @pytest.fixture
-def half_broken(tmp_path):
+def half_broken(tmp_path, monkeypatch):
     """Images 0 to 9, of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
-    noise = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(noise, "jpeg")
-    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0),
-              b"IDAT" + zlib.compress(bytes(20_000 * 2501), 1), b"IEND"]
-    bomb = b"\x89PNG\r\n\x1a\n"  # sound, but for its size
-    for chunk in chunks:
-        bomb += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    for name, level, broken in ("a", 40, [noise.getvalue()[:-400], bomb]), ("b", 200, [b"", b"t"]):
-        for i in range(5):
-            path = tmp_path / name / f"{i}.png"
-            save_at(path, Image.new("L", (9, 9), level))
-            if i < 2:
-                path.write_bytes(broken[i])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # Pillow opens none of twice as many
+    for number in range(10):
+        path = tmp_path / "ab"[number // 5] / f"{number}.png"
+        save_at(path, Image.new("L", (9, 9), 40 if number < 5 else 200))
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a" / "0.png", "jpeg")
+    os.truncate(tmp_path / "a" / "0.png", 1500)
+    save_at(tmp_path / "a" / "1.png", Image.new("L", (200, 100)))
+    (tmp_path / "b" / "5.png").write_bytes(b"")
+    (tmp_path / "b" / "6.png").write_bytes(b"text")
     return data.ImageFolder(tmp_path)
 
 
@@ -1385,9 +1279,10 @@ def test_a_broken_image_is_replaced_by_another_one_each_epoch(half_broken):
     samples, again = (data.Samples(half_broken, view_and_draw) for _ in range(2))
     labels = [set() for _ in range(10)]
     for key in range(200):
-        pixels, draw, label = samples[key]
+        sample = samples[key]
+        pixels, _, label = sample
         assert pixels.unique().tolist() == [[40, 200][label]]
-        assert_same([pixels, draw, label], list(again[key]))  # the same one in every run
+        assert_same(sample, again[key])  # the same one in every run
         labels[key % 10].add(label)
     assert labels == [{0, 1}] * 2 + [{0}] * 3 + [{0, 1}] * 2 + [{1}] * 3
     assert samples.broken.nonzero()[:, 0].tolist() == [0, 1, 5, 6]
@@ -1403,8 +1298,7 @@ def test_evaluation_gets_gray_without_a_label_for_a_broken_image(half_broken):
 
 def test_where_no_image_can_be_read_samples_are_gray(half_broken):
     for i in range(10):
-        with open(half_broken.name(i), "w"):
-            pass
+        os.truncate(half_broken.name(i), 0)
     samples = data.Samples(half_broken, view_and_draw)
     assert [samples[i][2] for i in range(10)] == [0] * 5 + [1] * 5
     assert samples[3][0].unique().tolist() == [128] and samples.broken.all()
@@ -1419,7 +1313,7 @@ def test_samples_can_be_sent_to_other_processes():
     again = pickle.loads(ForkingPickler.dumps(samples))
     again.broken[1] = True
     assert samples.broken.tolist() == [False, True]
-    assert_same(list(samples[0]), list(again[0]))
+    assert_same(samples[0], again[0])
 
 
 def test_every_epoch_of_every_seed_has_an_order_of_its_own():
@@ -1440,11 +1334,11 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own():
 def test_processes_and_parts_share_each_batch(length, batch_size, accum_steps, world_size):
     whole, per_epoch = list(data.Batches(length, batch_size, 3, 1)), length // batch_size
     for start in 0, 1, per_epoch, 2 * per_epoch + 1, 3 * per_epoch:
-        ranks = [data.Batches(length, batch_size, 3, 1, start, accum_steps, rank, world_size)
-                 for rank in range(world_size)]
-        streams = [list(rank) for rank in ranks]
-        assert [len(rank) for rank in ranks] == [len(stream) for stream in streams]
-        assert len(streams[0]) == (3 * per_epoch - start) * accum_steps
+        streams = []
+        for rank in range(world_size):
+            batches = data.Batches(length, batch_size, 3, 1, start, accum_steps, rank, world_size)
+            streams.append(list(batches))
+            assert len(batches) == len(streams[-1]) == (3 * per_epoch - start) * accum_steps
         for number, batch in enumerate(whole[start:]):
             parts = slice(number * accum_steps, (number + 1) * accum_steps)
             pieces = [piece for stream in streams for piece in stream[parts]]
@@ -1496,13 +1390,13 @@ def call(module, *flags):
 
 
 def refused(capsys, module, *flags, code=2):
-    """The call ends with this code and one line; returns the line."""
+    """The call ends with this code and one line, warnings aside; returns the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         call(module, *flags)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == code and len(lines) == 1, lines
-    return lines[0]
+    *warnings, line = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == code and all(w.startswith("warning: ") for w in warnings), warnings
+    return line
 
 
 def load(path):
@@ -1615,10 +1509,10 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert log[2]["pixel_loss"] < log[0]["pixel_loss"]
     assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
     small_vit().load_state_dict(load(unbroken / "encoder.pt"), strict=True)
-    with Image.open(unbroken / "epoch_0003.png") as picture:  # 2 images a row, in 5 columns
-        assert picture.size == (2 * 5 * (128 + 4), 4 * (128 + 4) + 24)
-    with Image.open(unbroken / "curves.png") as picture:
-        assert picture.size == (2 * 440, 300)
+    # Two images a row, in 5 columns.
+    size = 2 * 5 * (128 + 4), 4 * (128 + 4) + 24
+    assert Image.open(unbroken / "epoch_0003.png").size == size
+    assert Image.open(unbroken / "curves.png").size == (2 * 440, 300)
 
 
 def test_curves_leave_out_what_is_missing_or_not_finite():
@@ -1632,25 +1526,15 @@ def test_pretraining_from_a_file_starts_encoder_and_teacher(unbroken, capsys):
     model = train.build_model(train.parse_args(list(map(str, flags))), print)
     assert "left out: nothing; new: nothing" in capsys.readouterr().out
     for part in model.encoder, model.teacher:
-        assert_same(dict(part.state_dict()), dict(load(unbroken / "encoder.pt")))
+        assert_same(part.state_dict(), load(unbroken / "encoder.pt"))
     assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
-
-
-def test_workers_change_nothing(unbroken, tmp_path):
-    call(train, *TRAIN, "--out", tmp_path, "--workers", 2)
-    assert_same(result(tmp_path), result(unbroken))
 
 
 def assert_nearly_same_run(out, expected):
     """Sums in another order differ in the last bits, and then more and more."""
     (state, log), (expected_state, expected_log) = result(out), result(expected)
-    assert_same(log, expected_log, rtol=1e-5, atol=1e-6)
-    assert_same(state["model"], expected_state["model"], rtol=1e-2, atol=1e-3)
-
-
-def test_accumulation_changes_nothing(unbroken, tmp_path):
-    call(train, *TRAIN, "--out", tmp_path, "--accum_steps", 4)
-    assert_nearly_same_run(tmp_path, unbroken)
+    torch.testing.assert_close(log, expected_log, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state["model"], expected_state["model"], rtol=1e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -1659,7 +1543,8 @@ def two_processes(tuned, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     calls = [["train", *TRAIN, "--accum_steps", 2, "--workers", 1, "--out", out]]
     for mode in "--eval", "--knn":
-        calls.append(["finetune", "--init", tuned / "best.pt", *TUNE, "--num_val", 1003, mode])
+        flags = [*TUNE, "--num_val", 1003, "--batch_size", 7, "--accum_steps", 3, mode]
+        calls.append(["finetune", "--init", tuned / "best.pt", *flags])
     (out / "start.py").write_text(f"""if True:
         import finetune, train
 
@@ -1678,21 +1563,20 @@ def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_proces
 
 @pytest.mark.parametrize("mode", ["--eval", "--knn"])
 def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode):
-    """1,003 images do not divide: padding would count some twice."""
+    """1,003 images do not divide: padding would count some twice. No batch size matters."""
     call(finetune, "--init", tuned / "best.pt", *TUNE, "--num_val", 1003, mode)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(line)["images"] == 1003
-    assert line in two_processes[1].splitlines()
+    assert json.loads(line)["images"] == 1003 and line in two_processes[1].splitlines()
 
 
 def test_processes_must_share_the_output_folder(unbroken, tmp_path):
     """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
     shutil.copytree(unbroken, tmp_path / "0")
-    (tmp_path / "start.py").write_text(f"""if True:
-        import os, train
-        out = os.path.join({str(tmp_path)!r}, os.environ["RANK"])
-        train.launch(train.main, train.parse_args({list(map(str, TRAIN))} + ["--out", out]))""")
-    process = launch(tmp_path / "start.py", processes=2)
+    (tmp_path / "start.py").write_text("""if True:
+        import os, sys, train
+        sys.argv[-1] += "/" + os.environ["RANK"]
+        train.launch(train.main, train.parse_args())""")
+    process = launch(tmp_path / "start.py", *TRAIN, "--out", tmp_path, processes=2)
     _, err = process.communicate(timeout=60)
     assert process.returncode and "different steps [0, 18]" in err
 
@@ -1734,13 +1618,12 @@ def test_settings_that_may_change_are_those_of_the_new_call(finished, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--decoder_dim", 32, "--inject", 0, 0], ["--decoder_dim 64", "--inject (1, -1)"]),
-    (["--seed", 1, "--mask", "block"], ["--seed 0", "--mask random"]),
-    (["--weighted_loss", 0], ["--weighted_loss 1"]),
-    (["--batch_size", 16], ["6 steps an epoch"]),
+    ("--decoder_dim 32 --inject 0 0", ["--decoder_dim 64", "--inject (1, -1)"]),
+    ("--seed 1 --mask block", ["--seed 0", "--mask random"]),
+    ("--weighted_loss 0", ["--weighted_loss 1"]), ("--batch_size 16", ["6 steps an epoch"]),
 ], ids=str)
 def test_a_checkpoint_of_another_run_is_refused(finished, capsys, flags, words):
-    line = refused(capsys, train, *TRAIN, "--out", finished, *flags)
+    line = refused(capsys, train, *TRAIN, "--out", finished, *flags.split())
     assert all(word in line for word in words)
 
 
@@ -1754,18 +1637,16 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, dam
         def __reduce__(self):
             return os.mkdir, (str(flag),)
 
-    if damage in ("cut", "zero", "noise"):
-        bad = {"cut": whole[: len(whole) // 2], "zero": b"", "noise": os.urandom(1000)}
-        path.write_bytes(bad[damage])
-    elif damage == "code":
-        torch.save({"model": Hostile()}, path)
+    if damage == "code":
+        checkpoint["model"] = Hostile()
     elif damage == "tensors":
         checkpoint["model"]["renamed"] = checkpoint["model"].pop("encoder.cls_token")
-        torch.save(checkpoint, path)
     else:  # a part is missing
-        del checkpoint[damage]
-        torch.save(checkpoint, path)
-    before = path.read_bytes()
+        checkpoint.pop(damage, None)
+    torch.save(checkpoint, path)
+    bad = {"cut": whole[: len(whole) // 2], "zero": b"", "noise": os.urandom(1000)}
+    before = bad.get(damage, path.read_bytes())
+    path.write_bytes(before)
     assert str(path) in refused(capsys, train, *TRAIN, "--out", finished)
     assert path.read_bytes() == before and not flag.exists()
 
@@ -1802,22 +1683,16 @@ def test_losses_that_are_never_finite_end_the_run_at_the_next_look():
         meter.look()
 
 
-def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
+def test_broken_images_are_named_once_and_counted_and_end_the_run_above_1_in_100(tmp_path, capsys):
     folder = shapes_folder(tmp_path / "images", 120)
+    flags = [*TINY, "--data", folder, "--batch_size", 40, "--epochs", 2, "--out"]
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:300])
-    flags = [*TINY, "--data", folder, "--batch_size", 40, "--epochs", 2]
-    call(train, *flags, "--out", tmp_path / "a")
+    call(train, *flags, tmp_path / "a")
     assert capsys.readouterr().err.count("007.png") == 1
     assert [line["broken"] for line in read_log(tmp_path / "a")] == [1, 1]
-
-
-def test_more_than_one_broken_image_in_a_hundred_ends_the_run(tmp_path, capsys):
-    folder = shapes_folder(tmp_path / "images", 120)
-    for name in "007.png", "011.png":
-        (folder / name).write_text("not an image")
-    with pytest.raises(SystemExit, match="1"):
-        call(train, *TINY, "--data", folder, "--batch_size", 40, "--out", tmp_path / "b")
-    assert "2 of 120 images can't be read" in capsys.readouterr().err
+    (folder / "011.png").write_text("not an image")
+    line = refused(capsys, train, *flags, tmp_path / "b", code=1)
+    assert "2 of 120 images can't be read" in line
 
 
 def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
@@ -1834,38 +1709,22 @@ def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--recipe", "nothing"], "--recipe"),
-    (["--epochs", "many"], "--epochs"),
-    (["--nonsense"], "--nonsense"),
-    (["--num", 48], "--num"),
-    (["--data", "no/such/folder"], "no/such/folder"),
-    (["--data", ".ci"], "no images found"),
-    (["--data", ""], "--data is empty"),
-    (["--img_size", 30], "divisible by patch_size 8"),
-    (["--decoder_dim", 30], "30 is not divisible by 4"),
-    (["--model", "huge"], "--model: "),
-    (["--mask", "stripes"], "--mask: "),
-    (["--mask_ratio", 1.5], "--mask_ratio: 1.5 must be"),
-    (["--mask_ratio", "nan"], "--mask_ratio: nan must be"),
-    (["--mask_ratio", 0], "--mask_ratio 0"),
-    (["--base_lr", "inf"], "--base_lr: inf must be"),
-    (["--seed", 2**63], "--seed: "),
-    (["--inject", 1, 9], "1 to 4"),
-    (["--accum_steps", 3], "--accum_steps 3"),
-    (["--momentum", 0.9, 0.99, 2], "--momentum: 2 must be"),
-    (["--warmup_epochs", 5], "--warmup_epochs 5"),
-    (["--batch_size", 0], "--batch_size: 0 must be"),
-    (["--batch_size", 64], "--batch_size 64"),
-    (["--workers", -1], "--workers: -1 must be"),
-    (["--init", "none.pt"], "can't read"),
-    (["--init", ""], "--init is empty"),
-    (["--out", ""], "--out is empty"),
-    (["--out", "/proc/nothing"], "--out /proc/nothing"),
-    (["--device", "cuda"], "--device cuda"),
-], ids=str)
+    ("--recipe nothing", "--recipe"), ("--epochs many", "--epochs"), ("--nonsense", "--nonsense"),
+    ("--num 48", "--num"), ("--data no/such/folder", "no/such/folder"),
+    ("--data .ci", "no images found"), ("--data=", "--data is empty"),
+    ("--img_size 30", "divisible by patch_size 8"), ("--decoder_dim 30", "30 is not divisible"),
+    ("--model huge", "--model: "), ("--mask stripes", "--mask: "), ("--init none.pt", "can't read"),
+    ("--mask_ratio 1.5", "--mask_ratio: 1.5 must"), ("--mask_ratio nan", "--mask_ratio: nan must"),
+    ("--mask_ratio 0", "--mask_ratio 0"), ("--momentum 0.9 0.99 2", "--momentum: 2 must be"),
+    ("--inject 1 9", "1 to 4"), ("--accum_steps 3", "--accum_steps 3"),
+    ("--warmup_epochs 5", "--warmup_epochs 5"), ("--batch_size 0", "--batch_size: 0 must be"),
+    ("--batch_size 64", "--batch_size 64"), ("--workers -1", "--workers: -1 must be"),
+    ("--device cuda", "--device cuda"), ("--out /proc/nothing", "--out /proc/nothing"),
+    ("--base_lr inf", "--base_lr: inf must be"), (f"--seed {2**63}", "--seed: "),
+    ("--init=", "--init is empty"), ("--out=", "--out is empty"),
+])
 def test_bad_calls(tmp_path, capsys, flags, words):
-    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
-    assert words in refused(capsys, train, *TRAIN, *out, *flags)
+    assert words in refused(capsys, train, *TRAIN, "--out", tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -1886,39 +1745,32 @@ def test_mixed_precision(tmp_path, amp):
 
 
 def overflow_at(monkeypatch, wanted):
-    """Gradients become infinite where wanted(step) says; returns the weights after each step."""
-    steps, weights = itertools.count(), []
-    forward, update = BootMAE.forward, BootMAE.update_teacher
+    """Gradients become infinite where wanted(step) says; returns which steps moved the weights."""
+    moved, step = [], torch.amp.GradScaler.step
 
-    def forward_and_spoil(model, images, mask):
-        out = forward(model, images, mask)
-        if out.pixel_loss.requires_grad and wanted(next(steps)):
-            out.pixel_loss.register_hook(lambda grad: grad * math.inf)
-        return out
+    def spoil_and_step(scaler, optimizer):
+        p = optimizer.param_groups[0]["params"][0]
+        if wanted(len(moved)):
+            p.grad[0] = math.inf
+        before = p.detach().clone()
+        step(scaler, optimizer)
+        moved.append(not torch.equal(p, before))
 
-    def update_and_look(model, momentum):
-        weights.append(model.encoder.patch_embed.proj.weight.detach().clone())
-        update(model, momentum)
-
-    monkeypatch.setattr(BootMAE, "forward", forward_and_spoil)
-    monkeypatch.setattr(BootMAE, "update_teacher", update_and_look)
-    return weights
+    monkeypatch.setattr(torch.amp.GradScaler, "step", spoil_and_step)
+    return moved
 
 
 def test_an_overflow_in_fp16_skips_one_step(tmp_path, monkeypatch):
-    weights = overflow_at(monkeypatch, lambda step: step == 4)
+    moved = overflow_at(monkeypatch, lambda step: step == 4)
     call(train, *TRAIN, "--out", tmp_path, "--amp", "fp16", "--epochs", 1)
-    still = [torch.equal(a, b) for a, b in itertools.pairwise(weights)]
-    assert still == [False, False, False, True, False]
+    assert moved == [False, True, True, True, False, True]  # in the first, the rate is 0
 
 
 def test_a_run_in_fp16_that_never_takes_a_step_ends(tmp_path, capsys, monkeypatch):
-    weights = overflow_at(monkeypatch, lambda step: True)
+    moved = overflow_at(monkeypatch, lambda step: True)
     flags = ["--amp", "fp16", "--num_images", 96, "--batch_size", 2, "--out", tmp_path]
-    line = refused(capsys, train, *TRAIN, *flags, code=1)
-    assert "never finite in fp16" in line
-    assert all(torch.equal(weights[0], later) for later in weights)
-    assert 36 <= len(weights) <= 40  # the scale falls from 2**16 to below 2**-20
+    assert "never finite in fp16" in refused(capsys, train, *TRAIN, *flags, code=1)
+    assert not any(moved) and 36 <= len(moved) <= 40  # the scale falls from 2**16 to below 2**-20
 
 
 def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
@@ -1953,16 +1805,17 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
 
 
 def test_published_recipes():
-    names = "epochs warmup_epochs batch_size lr layer_decay".split()
-    args = vars(finetune.parse_args(["--scratch", "--recipe", "imagenet"]))
-    assert [args[name] for name in names] == [100, 20, 2048, 5e-3, 0.6]
-    names += "drop_path mixup cutmix smoothing rand_augment erasing model_ema".split()
-    args = vars(finetune.parse_args(["--scratch", "--recipe", "imagenet_large"]))
-    assert [args[name] for name in names] == [50, 5, 1024, 1.5e-3, 0.75,
-                                              0.1, 0.8, 1.0, 0.1, 9, 0.25, 0.9998]
-    names = "depth epochs base_lr batch_size warmup_epochs".split()
-    args = vars(finetune.parse_args(["--scratch", "--recipe", "imagenet_large", "--linear"]))
-    assert [args[name] for name in names] == [18, 50, 0.07, 16384, 10]
+    def settings(flags, names):
+        args = vars(finetune.parse_args(["--scratch", "--recipe", *flags.split()]))
+        return [args[name] for name in names.split()]
+
+    names = "epochs warmup_epochs batch_size lr layer_decay"
+    assert settings("imagenet", names) == [100, 20, 2048, 5e-3, 0.6]
+    assert settings("imagenet_large", names) == [50, 5, 1024, 1.5e-3, 0.75]
+    names = "drop_path mixup cutmix smoothing rand_augment erasing model_ema"
+    assert settings("imagenet_large", names) == [0.1, 0.8, 1.0, 0.1, 9, 0.25, 0.9998]
+    names = "depth epochs base_lr batch_size warmup_epochs"
+    assert settings("imagenet_large --linear", names) == [18, 50, 0.07, 16384, 10]
 
 
 def test_lars():
@@ -2013,39 +1866,23 @@ def test_linear_probe_trains_the_head_alone():
     near(probe(images), features @ probe.head.weight.T + probe.head.bias, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, flags, words", [
-    ("text.pt", [], "fits no ViT"),
-    ("odd.pt", [], "3 blocks of width 24"),
-    ("none.pt", [], "there is no"),
-    ("layer_scale.pt", [], "blocks.0.ls1.gamma"),
-    ("encoder.pt", ["--teacher"], "holds no teacher"),
-    ("theirs_alone.pth", ["--teacher"], "no model_ema"),
-    ("encoder.pt", ["--patch_size", 8], "--patch_size"),
-    ("encoder.pt", ["--eval"], "is no classifier"),
-], ids=str)
-def test_weights_that_do_not_fit_are_refused(files, tmp_path, capsys, name, flags, words):
-    flags = ["--init", files[0] / name, "--out", tmp_path / "out", *flags]
-    assert words in refused(capsys, finetune, *TUNE, *flags)
-
-
 @pytest.mark.parametrize("flags, words", [
-    (["--data", ""], "--data is empty"),
-    (["--init", ""], "--init is empty"),
-    (["--scratch", "--predict", ""], "--predict is empty"),
-    ([], "--init"),  # output/cifar10/encoder.pt is not there
-    (["--scratch", "--init", "x"], "--scratch"),
-    (["--scratch", "--batch_size", 64], "--batch_size"),
-    (["--scratch", "--knn", "--linear"], "give one"),
-    (["--scratch", "--knn", "--depth", 9], "--depth 9"),
-    (["--scratch", "--lr", 0.1, "--base_lr", 0.1], "give one"),
-    (["--scratch", "--linear", "--depth", 4, "--accum_steps", 8], "needs two"),
-], ids=str)
-def test_bad_calls_of_finetune(tmp_path, capsys, flags, words):
-    flags = [*TUNE, "--recipe", "cifar10", "--model", "nano", "--out", tmp_path / "out", *flags]
-    if "--scratch" not in flags:
-        flags.remove("--model")
-        flags.remove("nano")
-    assert words in refused(capsys, finetune, *flags)
+    ("--init text.pt", "fits no ViT"), ("--init odd.pt", "3 blocks of width 24"),
+    ("--init none.pt", "there is no"), ("--init layer_scale.pt", "blocks.0.ls1.gamma"),
+    ("--init encoder.pt --teacher", "holds no teacher"),
+    ("--init theirs_alone.pth --teacher", "no model_ema"),
+    ("--init encoder.pt --patch_size 8", "--patch_size"),
+    ("--init encoder.pt --eval", "is no classifier"), ("", "output/shapes/encoder.pt"),
+    ("--data=", "--data is empty"), ("--init=", "--init is empty"),
+    ("--scratch --predict=", "--predict is empty"), ("--scratch --init x", "--scratch starts"),
+    ("--scratch --batch_size 64", "--batch_size"), ("--scratch --knn --linear", "give one"),
+    ("--scratch --knn --depth 9", "--depth 9"),
+    ("--scratch --lr 0.1 --base_lr 0.1", "give one"),
+    ("--scratch --linear --accum_steps 8", "needs two"),
+])
+def test_bad_calls_of_finetune(files, tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(files[0])
+    assert words in refused(capsys, finetune, *TUNE, "--out", tmp_path / "out", *flags.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -2057,9 +1894,8 @@ def test_base_lr_takes_the_place_of_lr():
 def class_folders(root, **sets):
     """Three images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
     for name, labels in sets.items():
-        for label in labels.split():
-            for index in range(3):
-                save_at(root / name / label / f"{index}.png")
+        for label, index in itertools.product(labels.split(), range(3)):
+            save_at(root / name / label / f"{index}.png")
     return root
 
 
@@ -2067,8 +1903,7 @@ FOLDERS = [*TINY, "--batch_size", 2, "--epochs", 1, "--labels_per_class", 0]
 
 
 @pytest.mark.parametrize("sets, words", [
-    (dict(train="cat dog"), "no val/"),
-    (dict(val="cat dog"), "no train/"),
+    (dict(train="cat dog"), "no val/"), (dict(val="cat dog"), "no train/"),
     (dict(train="cat dog", val="cat cow"), "cow"),
     (dict(train="cat dog .", val="cat"), "is in no class folder"),
 ], ids=str)
@@ -2078,21 +1913,13 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_images_for_all_parts_are_refused(tmp_path, capsys):
-    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
-    flags = ["--data", folder, "--scratch", "--recipe", "photos", "--accum_steps", 7]
-    line = refused(capsys, finetune, *flags, "--workers", 0, "--out", tmp_path / "out")
-    assert "6 training images are too few" in line
-
-
 def test_a_run_says_what_may_be_a_slip(unbroken, tmp_path, capsys):
     """A class without validation images, and an encoder that was trained with another recipe."""
     folder = class_folders(tmp_path / "a", train="cat dog", val="cat")
     flags = ["--init", unbroken / "encoder.pt", "--data", folder, "--out", tmp_path / "out"]
     call(finetune, *FOLDERS, *flags, "--recipe", "photos")
     said = capsys.readouterr().out
-    assert "no validation image of: 'dog'" in said
-    assert "--recipe shapes, this is photos" in said
+    assert "no validation image of: 'dog'" in said and "--recipe shapes, this is photos" in said
 
 
 def test_classes_with_other_names_are_refused(tmp_path, capsys):
@@ -2118,21 +1945,14 @@ def cats_and_dogs(tmp_path_factory):
 EVAL = ["--recipe", "shapes", "--workers", 0, "--eval", "--init"]
 
 
-def test_evaluation_needs_no_training_images(cats_and_dogs, tmp_path, capsys, monkeypatch):
+def test_evaluation_needs_no_training_images(cats_and_dogs, tmp_path, capsys):
     """It has the classifier's image size, 32, not the recipe's, and leaves out a broken image."""
-    folder, sizes = class_folders(tmp_path / "a", val="cat dog"), set()
+    folder = class_folders(tmp_path / "a", val="cat dog")
     (folder / "val" / "dog" / "0.png").write_text("not an image")
-    view = finetune.eval_view
-
-    def recorded(image, rng, args):
-        sizes.add(args.img_size)
-        return view(image, rng, args)
-
-    monkeypatch.setattr(finetune, "eval_view", recorded)
     call(finetune, *EVAL, cats_and_dogs, "--data", folder)
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["images"] == 5 and "0.png" in said.err
-    assert sizes == {32}
+    assert "interpolated" not in said.out
 
 
 def test_evaluation_takes_no_class_for_another(cats_and_dogs, tmp_path, capsys):
@@ -2145,15 +1965,15 @@ def test_evaluation_takes_no_class_for_another(cats_and_dogs, tmp_path, capsys):
     assert "classes.json is damaged" in refused(capsys, finetune, *EVAL, weights, *flags)
 
 
-@pytest.mark.parametrize("mode", [[], ["--knn"]], ids=str)
-def test_validation_without_a_readable_image_is_named(unbroken, tmp_path, capsys, mode):
+@pytest.mark.parametrize("mode", ["finetune", "knn", "predict"])
+def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mode):
     folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
     for path in (folder / "val").glob("*/*"):
         path.write_text("no image")
-    flags = ["--data", folder, "--init", unbroken / "encoder.pt", "--out", tmp_path / "out"]
-    with pytest.raises(SystemExit, match="1"):
-        call(finetune, *FOLDERS, *flags, *mode)
-    assert "no image could be read of 6" in capsys.readouterr().err
+    flags = ["--data", folder, "--init", files[0] / "best.pt", "--out", tmp_path / "out"]
+    flags += dict(finetune=[], knn=["--knn"], predict=["--predict", folder / "val"])[mode]
+    line = refused(capsys, finetune, *FOLDERS, *flags, code=1)
+    assert "no image could be read of 6" in line
 
 
 def test_labels_per_class_is_a_fixed_subset():
@@ -2162,22 +1982,24 @@ def test_labels_per_class_is_a_fixed_subset():
     assert sorted(train_set.labels) == sorted(list(range(12)) * 4)
     names = {train_set.name(i) for i in range(48)}
     assert not names & {val_set.name(i) for i in range(60)}
-    again, _ = finetune.open_images(args)
-    assert np.array_equal(train_set.indices, again.indices)
+    assert np.array_equal(train_set.indices, finetune.open_images(args)[0].indices)
     args.seed = 1
-    assert not np.array_equal(finetune.open_images(args)[0].indices, train_set.indices)
+    assert not np.array_equal(train_set.indices, finetune.open_images(args)[0].indices)
 
 
 def test_a_recipes_batch_shrinks_to_the_data():
-    flags = ["--scratch", "--recipe", "cifar10"]
-    run = train.Run(finetune.parse_args([*flags, "--accum_steps", "2"]))
-    finetune.fit_batch(512, run)
-    assert (run.args.batch_size, run.args.lr) == (512, 1e-3)
-    finetune.fit_batch(72, run)  # an eighth is 9, and 8 can be cut into two
-    assert run.args.batch_size == 8 and run.args.lr == pytest.approx(1e-3 * 8 / 512)
-    run = train.Run(finetune.parse_args([*flags, "--batch_size", "512"]))
+    def fit(images, *flags):
+        run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", *flags]))
+        finetune.fit_batch(images, run)
+        return run.args.batch_size, run.args.lr
+
+    assert fit(512) == (512, 1e-3)
+    # An eighth is 9, and 8 can be cut into two.
+    assert fit(72, "--accum_steps", "2") == (8, pytest.approx(1e-3 * 8 / 512))
     with pytest.raises(ValueError, match="--batch_size 512 is more than the 72"):
-        finetune.fit_batch(72, run)
+        fit(72, "--batch_size", "512")
+    with pytest.raises(ValueError, match="6 training images are too few"):
+        fit(6, "--accum_steps", "7")
 
 
 def test_fine_tuning_writes_what_it_promises(tuned):
@@ -2197,21 +2019,20 @@ def test_another_start_is_another_run(tuned, unbroken, tmp_path, capsys):
     assert "--seed 0" in refused(capsys, finetune, *flags)
 
 
-def test_weight_decay_may_change_from_call_to_call(unbroken, tmp_path):
-    """None and some make the same groups of parameters, so an optimizer's state fits."""
-    for epochs, decay in (1, 0.05), (2, 0), (3, 0.3):
+def test_weight_decay_and_average_may_change_from_call_to_call(unbroken, tmp_path):
+    """No decay and some make the same groups of parameters, so an optimizer's state fits."""
+    for epochs, decay, momentum in (1, 0.05, 0), (2, 0, 0.9999999), (3, 0.3, 0.9):
         call(finetune, "--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE,
-             "--epochs", epochs, "--weight_decay", decay)
-        groups = load(tmp_path / "checkpoint.pt")["optimizer"]["param_groups"]
+             "--epochs", epochs, "--weight_decay", decay, "--model_ema", momentum)
+        checkpoint = load(tmp_path / "checkpoint.pt")
+        groups = checkpoint["optimizer"]["param_groups"]
         assert {group["weight_decay"] for group in groups} == {0.0, decay}
-    assert [line["epoch"] for line in read_log(tmp_path)] == [1, 2, 3]
-
-
-def test_a_model_average_can_begin_later(unbroken, tmp_path):
-    flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE]
-    call(finetune, *flags, "--epochs", 1, "--model_ema", 0)
-    call(finetune, *flags, "--epochs", 2)
-    assert ["top1_ema" in line for line in read_log(tmp_path)] == [False, True]
+        if epochs == 1:
+            model = checkpoint["model"]
+        elif epochs == 2:  # the average is new, and so slow that it is the model it began as
+            torch.testing.assert_close(checkpoint["average"], model)
+    averaged = {line["epoch"]: "top1_ema" in line for line in read_log(tmp_path)}
+    assert averaged == {1: False, 2: True, 3: True}
 
 
 def test_processes_share_the_statistics_of_the_probe():
@@ -2274,16 +2095,10 @@ def test_model_and_average_are_each_evaluated(tuned, tmp_path, capsys):
         assert found["top1"] == last["top1" + suffix] and found["top5"] == last["top5" + suffix]
 
 
-class Levels:
-    """23 images of one gray level each, the image's number; three can't be opened."""
+class Levels(data.Shapes):
+    """Images of one gray level each, the image's number; three can't be opened."""
 
-    labels, broken = np.arange(23) % 9, (3, 12, 13)
-
-    def __len__(self):
-        return 23
-
-    def name(self, index):
-        return f"level {index}"
+    broken = 3, 12, 13
 
     def open(self, index):
         if index in self.broken:
@@ -2303,30 +2118,21 @@ class Table(torch.nn.Module):
 
 
 def test_evaluation_counts_readable_images_and_names_others_once(capsys):
-    logits = torch.randn(23, 9, generator=torch.Generator().manual_seed(0))
+    levels, logits = Levels(23), torch.randn(23, 12, generator=torch.Generator().manual_seed(0))
     places = []  # of the right class in the ranking, for each image
-    for index, (row, label) in enumerate(zip(logits.tolist(), Levels.labels)):
+    for index, (row, label) in enumerate(zip(logits.tolist(), levels.labels)):
         if index not in Levels.broken:
             places.append(sorted(row, reverse=True).index(row[label]))
     run = train.Run(finetune.parse_args(["--scratch", *map(str, TUNE), "--img_size", "8"]))
-    samples = finetune.eval_samples(Levels(), run.args)
+    samples = finetune.eval_samples(levels, run.args)
     assert finetune.evaluate([Table(logits), Table(-logits)], samples, run) == [
         dict(images=20, top1=5 * places.count(0), top5=5 * sum(p < 5 for p in places)),
-        dict(images=20, top1=5 * places.count(8), top5=5 * sum(p > 3 for p in places)),
+        dict(images=20, top1=5 * places.count(11), top5=5 * sum(p > 6 for p in places)),
     ]
     warnings = capsys.readouterr().err
-    assert warnings.count("can't read") == 3 and "'level 12'" in warnings
+    assert warnings.count("can't read") == 3 and "'shape 12'" in warnings
     finetune.evaluate([Table(logits)], samples, run)
     assert not capsys.readouterr().err
-
-
-@pytest.mark.parametrize("mode", ["--eval", "--knn"])
-def test_no_batch_size_matters_without_training(tuned, capsys, mode):
-    flags = ["--init", tuned / "best.pt", *TUNE, mode]
-    call(finetune, *flags)
-    call(finetune, *flags, "--batch_size", 7, "--accum_steps", 3)
-    *_, one, _, two = capsys.readouterr().out.splitlines()
-    assert one == two and json.loads(one)["images"] == 60
 
 
 def test_neighbours_of_a_random_network_see_no_drop_path(capsys):
@@ -2334,12 +2140,6 @@ def test_neighbours_of_a_random_network_see_no_drop_path(capsys):
         call(finetune, "--scratch", *TUNE, "--knn", "--drop_path", rate)
     one, two = capsys.readouterr().out.splitlines()
     assert one == two
-
-
-def test_a_large_seed(tmp_path):
-    flags = [*TUNE, *AUGMENTED, "--epochs", 1, "--seed", 2**40, "--out", tmp_path]
-    call(finetune, "--scratch", *flags)
-    assert len(read_log(tmp_path)) == 1
 
 
 def test_a_contact_sheet_writes_letters_without_their_accents():
@@ -2354,16 +2154,15 @@ def test_predictions(tmp_path, capsys):
     """Classes and crop are those of the files beside the weights."""
     run, folder, out = tmp_path / "run", tmp_path / "images", tmp_path / "out"
     names = ["ape", "bee", "cat, black", "dog"]
-    model = small_vit(num_classes=4)
+    model = small_vit(num_classes=4).eval()
     model.head.weight.data *= 1000
-    for path in run, folder / "sub":
-        path.mkdir(parents=True)
+    run.mkdir()
     torch.save(model.state_dict(), run / "best.pt")
     (run / "classes.json").write_text(json.dumps(names))
     (run / "config.json").write_text(json.dumps({"crop_ratio": 0.5}))
     photo = Image.fromarray(NOISE).resize((40, 40), BICUBIC)
-    photo.convert("L").save(folder / "gray.png")
-    photo.convert("CMYK").save(folder / "sub" / "cmyk.jpg", quality=95)
+    save_at(folder / "gray.png", photo.convert("L"))
+    save_at(folder / "sub" / "cmyk.jpg", photo.convert("CMYK"))
     save_turned(photo, folder / "turned.jpg", 6)
     (folder / "broken.png").write_text("no image")
 
@@ -2375,34 +2174,24 @@ def test_predictions(tmp_path, capsys):
     assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
     with open(out / "predictions.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    columns = "file class probability second probability_2 third probability_3"
-    assert header == columns.split()
+    assert header == "file class probability second probability_2 third probability_3".split()
     assert [row[0] for row in rows] == ["gray.png", "sub/cmyk.jpg", "turned.jpg"]
     for row in rows:
         image = ImageOps.exif_transpose(Image.open(folder / row[0])).convert("RGB")
         middle = image.resize((32, 32), BICUBIC, box=(10, 10, 30, 30))
         pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1)[None] / 127.5 - 1
-        chances = model.eval()(pixels).softmax(dim=1)[0].tolist()
+        chances = model(pixels).softmax(dim=1)[0].tolist()
         best = sorted(zip(chances, names), reverse=True)[:3]
         assert row[1::2] == [name for _, name in best]
         found = [float(value) for value in row[2::2]]
         assert found == pytest.approx([value for value, _ in best], abs=2e-3)
-    with Image.open(out / "predictions.png") as picture:
-        assert picture.size == (8 * 152, 188)
+    assert Image.open(out / "predictions.png").size == (8 * 152, 188)
 
     for name in "classes.json", "config.json":
         (run / name).unlink()
     call(finetune, "--predict", folder, *flags)
     said = capsys.readouterr().out
     assert "classes are numbers" in said and "so --crop_ratio is 1.0" in said
-
-
-def test_prediction_needs_a_readable_image(files, tmp_path, capsys):
-    (tmp_path / "x.png").write_text("no image")
-    with pytest.raises(SystemExit, match="1"):
-        call(finetune, "--predict", tmp_path, "--init", files[0] / "best.pt", "--workers", 0,
-             "--out", tmp_path / "out")
-    assert "no image could be read" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2543,6 +2332,20 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
     assert log == pytest.approx(epoch_means(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("module", [train, finetune])
+def test_gradients_of_parts_are_those_of_the_batch(tmp_path, monkeypatch, module):
+    """AdamW would hide a wrong scale of all gradients."""
+    def take_no_step(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found.append([p.grad.clone() for p in parameters])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", take_no_step)
+    flags, found = TRAIN if module is train else ["--scratch", *TUNE], []
+    for parts in 1, 4:
+        call(module, *flags, "--epochs", 1, "--accum_steps", parts, "--out", tmp_path / f"{parts}")
+    torch.testing.assert_close(found[0], found[6], rtol=1e-4, atol=1e-6)
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises at what would wait for a GPU: a number or a shape that depends on values."""
 
@@ -2554,14 +2357,6 @@ class NoWaiting(TorchDispatchMode):
             by_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
         assert not by_mask and not name.startswith(self.names), func
         return func(*args, **kwargs or {})
-
-
-def unwatched(function):
-    def call_unwatched(*args):
-        with _disable_current_modes():
-            return function(*args)
-
-    return call_unwatched
 
 
 @pytest.mark.parametrize("module", [train, finetune])
@@ -2579,9 +2374,8 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
 
     monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
     for owner, name in (data.Samples, "__getitem__"), (BootMAE, "split"), (data.F, "one_hot"):
-        monkeypatch.setattr(owner, name, unwatched(getattr(owner, name)))
-    flags = ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
-    flags = TRAIN if module is train else flags
+        monkeypatch.setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
+    flags = TRAIN if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
     with watch:
         call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
     assert len(steps) == 6
@@ -2591,11 +2385,17 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
 # Stops and kills
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_a_signal_ends_goes_on_to_the_same_result(unbroken, tmp_path, capsys, number):
-    """The signal goes to the loading worker as well, as Ctrl-C does."""
-    flags = [*TRAIN, "--workers", 1, "--out", tmp_path]
-    process = launch("train.py", *flags, start_new_session=True)
+@pytest.mark.parametrize("module, number", [
+    (train, signal.SIGKILL), (train, signal.SIGTERM), (train, signal.SIGINT),
+    (finetune, signal.SIGKILL),
+])
+def test_a_run_that_a_signal_ends_goes_on_to_the_same_result(
+        unbroken, tuned, tmp_path, capsys, module, number):
+    """With loading workers, which get the signal as well, as Ctrl-C's; `unbroken` has none."""
+    flags = TRAIN if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
+    flags = [*flags, "--workers", 2, "--out", tmp_path]
+    expected = unbroken if module is train else tuned
+    process = launch(f"{module.__name__}.py", *flags, start_new_session=True)
     wait_for(tmp_path / "checkpoint.pt", process)
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
@@ -2603,62 +2403,44 @@ def test_a_run_that_a_signal_ends_goes_on_to_the_same_result(unbroken, tmp_path,
     assert process.returncode == (-number if killed else 128 + number)
     assert f"stopped by {number.name}" in err or killed
     assert 6 <= load(tmp_path / "checkpoint.pt")["step"] < 18
-    call(train, *flags)
+    call(module, *flags)
     assert "going on from" in capsys.readouterr().out
-    assert_same(result(tmp_path), result(unbroken))
+    assert_same(result(tmp_path), result(expected))
 
 
-def test_killed_fine_tuning_goes_on_to_the_same_result(unbroken, tuned, tmp_path):
-    flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE, *AUGMENTED]
-    process = launch("finetune.py", *flags)
-    wait_for(tmp_path / "checkpoint.pt", process)
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    call(finetune, *flags)
-    assert_same(result(tmp_path), result(tuned))
+def start_two(out, each_step, *options):
+    """Start train.py in two processes, with a line of code more after each step's losses."""
+    (out / "start.py").write_text(f"""if True:
+        import itertools, os, time, train
+        count, add = itertools.count(), train.Meter.add
+
+        def add_and_more(meter, *losses):
+            add(meter, *losses)
+            step, run = next(count), meter.run
+            {each_step}
+
+        train.Meter.add = add_and_more
+        train.launch(train.main, train.parse_args())""")
+    return launch(*options, out / "start.py", *TRAIN, "--out", out / "run", processes=2)
 
 
 def test_two_processes_save_at_a_signal_and_go_on(unbroken, tmp_path):
     """Within an epoch, where they wait for torchrun to pass the signal on."""
-    flags = [*TRAIN, "--out", tmp_path / "run"]
-    (tmp_path / "start.py").write_text(f"""if True:
-        import itertools, time, train
-        count, add = itertools.count(), train.Meter.add
-
-        def add_and_wait(meter, *losses):
-            add(meter, *losses)
-            while next(count) >= 8 and not meter.run.signal:
-                time.sleep(0.01)
-
-        train.Meter.add = add_and_wait
-        train.launch(train.main, train.parse_args({list(map(str, flags))}))""")
-    process = launch(tmp_path / "start.py", processes=2)
+    process = start_two(tmp_path, "while step >= 8 and not run.signal: time.sleep(0.01)")
     wait_for(tmp_path / "run" / "checkpoint.pt", process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode and "stopped by SIGTERM" in err
     assert 6 <= load(tmp_path / "run" / "checkpoint.pt")["step"] <= 9
-    finish(launch("train.py", *flags, processes=2))
+    finish(launch("train.py", *TRAIN, "--out", tmp_path / "run", processes=2))
     assert_nearly_same_run(tmp_path / "run", unbroken)
 
 
 def test_torchrun_restarts_both_processes_after_one_has_died(unbroken, tmp_path):
     """Rank 1 dies in the second epoch of the first start; --max_restarts starts both once more."""
-    flags = [*TRAIN, "--out", tmp_path / "run"]
-    (tmp_path / "start.py").write_text(f"""if True:
-        import itertools, os, train
-        count, add = itertools.count(), train.Meter.add
-
-        def add_and_die(meter, *losses):
-            add(meter, *losses)
-            if next(count) == 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), 9 * meter.run.rank)
-
-        train.Meter.add = add_and_die
-        train.launch(train.main, train.parse_args({list(map(str, flags))}))""")
-    process = launch("--max_restarts=1", tmp_path / "start.py", processes=2)
-    assert "going on from" in finish(process)
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    die = f"if step == 8 and {first}: os.kill(os.getpid(), 9 * run.rank)"
+    assert "going on from" in finish(start_two(tmp_path, die, "--max_restarts=1"))
     assert_nearly_same_run(tmp_path / "run", unbroken)
 
 
@@ -2676,34 +2458,31 @@ def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     assert run.stop_asked() and run.signal == signal.SIGTERM
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
-def test_stops_at_the_ends_of_epochs_repeat_nothing(tmp_path, capsys, monkeypatch, save_every):
-    """One step is an epoch here, and each is stopped in, the last one as well."""
-    flags = [*TRAIN, "--num_images", 8, "--save_every", save_every, "--out"]
-    call(train, *flags, tmp_path / "unbroken")
-    stop_at(monkeypatch, 0, 1, 2)
-    for step in 1, 2, 3:
-        line = refused(capsys, train, *flags, tmp_path / "stopped", code=128 + signal.SIGTERM)
-        assert f"SIGTERM after step {step}" in line
-    call(train, *flags, tmp_path / "stopped")
+EPOCHS_OF_ONE_STEP = [*TRAIN, "--num_images", 8]
+LARGE_SEED = ["--scratch", *TUNE, *AUGMENTED, "--seed", 2**40]
+
+
+@pytest.mark.parametrize("module, flags, steps", [
+    (train, EPOCHS_OF_ONE_STEP, [0, 1, 2]),
+    (train, [*EPOCHS_OF_ONE_STEP, "--save_every", 2], [0, 1, 2]),
+    (finetune, LARGE_SEED, [5, 8, 17]),
+], ids=["train", "save_every 2", "finetune"])
+def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, steps):
+    """At the end of an epoch, within one, and at the very end, when best.pt must be there."""
+    call(module, *flags, "--out", tmp_path / "unbroken")
+    flags = [*flags, "--out", tmp_path / "stopped"]
+    stop_at(monkeypatch, *steps)
+    for step in steps:
+        line = refused(capsys, module, *flags, code=128 + signal.SIGTERM)
+        assert f"SIGTERM after step {step + 1}" in line
+    assert (tmp_path / "stopped" / "best.pt").exists() == (module is finetune)
+    call(module, *flags)
     assert "finished" in capsys.readouterr().out
     assert_same(result(tmp_path / "stopped"), result(tmp_path / "unbroken"))
 
 
-@pytest.mark.parametrize("step", [5, 8, 17])
-def test_a_stop_in_fine_tuning_changes_nothing(
-        unbroken, tuned, tmp_path, capsys, monkeypatch, step):
-    """At the end of an epoch, within one, and at the very end, when best.pt must be there."""
-    stop_at(monkeypatch, step)
-    flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE, *AUGMENTED]
-    refused(capsys, finetune, *flags, code=128 + signal.SIGTERM)
-    assert (tmp_path / "best.pt").exists()
-    call(finetune, *flags)
-    assert_same(result(tmp_path), result(tuned))
-
-
 @pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "encoder.pt", "checkpoint.pt"])
-def test_a_kill_before_any_file_of_the_last_epoch(unbroken, tmp_path, monkeypatch, name):
+def test_a_kill_before_any_file_of_the_last_epoch(unbroken, tmp_path, capsys, monkeypatch, name):
     """checkpoint.pt is the last to be written, so a resumed run writes all that were missed."""
     flags, replace = [*TRAIN, "--out", tmp_path], os.replace
 
@@ -2717,15 +2496,8 @@ def test_a_kill_before_any_file_of_the_last_epoch(unbroken, tmp_path, monkeypatc
         call(train, *flags)
     monkeypatch.undo()
     assert load(tmp_path / "checkpoint.pt")["step"] == 12
+    stop_at(monkeypatch, 0)  # soon after the resumption: by then log.jsonl has lost its third line
+    refused(capsys, train, *flags, code=128 + signal.SIGTERM)
+    assert len(read_log(tmp_path)) == 2
     call(train, *flags)
     assert_same(result(tmp_path), result(unbroken))
-
-
-def test_a_resumed_run_takes_back_lines_that_its_checkpoint_does_not_know(finished, monkeypatch):
-    """A kill between log.jsonl and checkpoint.pt leaves one; here a stop follows in the epoch."""
-    before = (finished / "log.jsonl").read_text()
-    (finished / "log.jsonl").write_text(before + '{"epoch": 4}\n')
-    stop_at(monkeypatch, 0)
-    with pytest.raises(SystemExit):
-        call(train, *TRAIN, "--out", finished, "--epochs", 4)
-    assert (finished / "log.jsonl").read_text() == before
