@@ -580,7 +580,9 @@ def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.paste(pixels.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for row, line in enumerate(lines):
-            line = "".join(c for c in normalize("NFKD", line) if not combining(c))[:20]
+            line = "".join(c for c in normalize("NFKD", line) if not combining(c))[:24]
+            while draw.textlength(line, font_size=14) > width - 4:  # not into the next tile
+                line = line[:-1]
             draw.text((x, y + side + 5 + 17 * row), line, "black" if row else colour, font_size=14)
     return picture
 
