@@ -18,7 +18,8 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------
 # Folders
 
-Image.MAX_IMAGE_PIXELS = 2**27  # Pillow refuses twice as many; usual is 179 M, and phones take 200
+# Pillow refuses twice as many pixels. Its own limit, 179 million, is less than some phones take.
+Image.MAX_IMAGE_PIXELS = 2**27
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 

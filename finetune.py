@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 import data
 from model import SIZES, ViT, load_vit, patchify, standardize
-
 from train import (
     Meter, Parser, Run, add_run_flags, cosine_lr, fail, launch, number, one_line_errors,
     parse_recipe,
@@ -108,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the learning rate shrinks by this from a block to the one below")
     add("--drop_path", type=number(0, 0.99), default=0.1,
         help="chance to skip a branch, in the last block")
-    add("--crop_scale", type=number(1e-06, 1), nargs=2, default=(0.08, 1.0),
+    add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.08, 1.0),
         help="area of a random crop")
     add("--rand_augment", type=number(0, 10), default=9.0, help="magnitude (0: off)")
     add("--erasing", type=share, default=0.25, help="probability of random erasing")
@@ -419,8 +418,9 @@ class LinearProbe(nn.Module):
 
 def average_statistics(norm: nn.BatchNorm1d, run: Run) -> None:
     """Share the running mean and variance: each process has seen its own part of the images."""
-    for x in norm.running_mean, norm.running_var:
-        x.copy_(run.all_reduce_sum(x) / run.world_size)
+    if run.world_size > 1:
+        for x in norm.running_mean, norm.running_var:
+            x.copy_(run.all_reduce_sum(x) / run.world_size)
 
 
 class LARS(torch.optim.Optimizer):

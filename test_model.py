@@ -2150,6 +2150,12 @@ def test_a_contact_sheet_writes_letters_without_their_accents():
     assert a == b == c
 
 
+def test_text_of_a_tile_ends_before_the_next_tile():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    sheet = np.asarray(finetune.contact_sheet([(image, ["W" * 30], "black")]))
+    assert (sheet[:, 156:] == 255).all()
+
+
 def test_predictions(tmp_path, capsys):
     """Classes and crop are those of the files beside the weights."""
     run, folder, out = tmp_path / "run", tmp_path / "images", tmp_path / "out"
