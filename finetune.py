@@ -1,6 +1,7 @@
 """Classify images with a pretrained encoder: fine-tuning, probe, k-NN, evaluation, prediction.
 
     python finetune.py                                     built-in images, train.py's encoder
+    python finetune.py --data photos --recipe photos       a few thousand photos of your own
     torchrun --nproc_per_node=8 finetune.py --data imagenet --init output/imagenet/encoder.pt
     ... --linear                                           linear probe of the frozen encoder
     ... --knn                                              nearest neighbours, no training at all
@@ -75,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     whole, count, amount, share = number(0, kind=int), number(1, kind=int), number(0), number(0, 1)
     add("--data", help="folder with train/ and val/ or test/; without it, built-in images")
-    add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
+    add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
     add("--init",
         help="file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
     add("--teacher", action="store_true",

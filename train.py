@@ -1,6 +1,7 @@
 """Pretrain BootMAE.
 
     python train.py                                           built-in images, no GPU, a few minutes
+    python train.py --data photos --recipe photos             a few thousand photos of your own
     python train.py --data imagenet/train --accum_steps 16    one GPU
     torchrun --nproc_per_node=8 train.py --data imagenet/train --accum_steps 2
 
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     whole, count, amount, share = number(0, kind=int), number(1, kind=int), number(0), number(0, 1)
     switch = dict(type=int, choices=(0, 1), default=1)
     add("--data", help="folder of images, nested or flat; without it, built-in images")
-    add("--recipe", choices=RECIPES, help="imagenet with --data, else shapes")
+    add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
     add("--init", help="start from the encoder in this file, of any kind that finetune.py takes")
     add("--num_images", type=whole, default=0, help="use so many; 0: all (built-in ones: 2,400)")
     add("--model", choices=SIZES, default="base", help="size of the encoder")
