@@ -489,8 +489,7 @@ class Batches(torch.utils.data.Sampler):
             generator = torch.Generator().manual_seed(seed_from(self.seed, "order", epoch))
             order = torch.randperm(self.length, generator=generator)
             keys = order + epoch * self.length
-            for step in range(self.steps_per_epoch):
-                if epoch * self.steps_per_epoch + step >= self.start:
-                    batch = keys[step * self.batch_size : (step + 1) * self.batch_size]
-                    for part in batch.chunk(self.accum_steps):
-                        yield part[self.rank :: self.world_size].tolist()
+            done = max(0, self.start - epoch * self.steps_per_epoch)  # batches of this epoch
+            for batch in keys.split(self.batch_size)[done : self.steps_per_epoch]:
+                for part in batch.chunk(self.accum_steps):
+                    yield part[self.rank :: self.world_size].tolist()

@@ -221,9 +221,9 @@ def main(args: argparse.Namespace) -> None:
     what = f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes"
     run.begin(start, total_steps, what)
     network = run.wrap(model)
-    keys = data.Batches(len(train), args.batch_size, args.epochs, args.seed, start,
-                        args.accum_steps, run.rank, run.world_size)
-    batches = iter(run.loader(samples, keys))
+    order = data.Batches(len(train), args.batch_size, args.epochs, args.seed, start,
+                         args.accum_steps, run.rank, run.world_size)
+    batches = iter(run.loader(samples, order))
 
     model.train()
     for step in (bar := run.bar(start, total_steps)):
@@ -451,8 +451,8 @@ def classify_by_neighbours(
     """`accuracy` of k-NN. Each process classifies its share of the validation images."""
     known, asked = gather(extract(model, train, run), run), extract(model, val, run)
     tensors = [torch.cat(parts) for batches in (known, asked) for parts in zip(*batches)]
-    classes = train.source.classes
-    return accuracy(knn(*tensors, len(classes), run.args.neighbours, run.device), run)
+    num_classes = len(train.source.classes)
+    return accuracy(knn(*tensors, num_classes, run.args.neighbours, run.device), run)
 
 
 @torch.no_grad()
@@ -606,7 +606,7 @@ def open_images(args: argparse.Namespace):
             train = data.ImageFolder(folder)
             val = data.ImageFolder(held_out, train.classes)
         for source in train, val:
-            if min(source.labels) < 0:
+            if source.labels.min() < 0:
                 raise ValueError(f"{source.name(int(source.labels.argmin()))!r} is in no class "
                                  "folder; classification needs train/CLASS/ and val/CLASS/")
     else:  # validation images have numbers that pretraining never sees

@@ -533,10 +533,8 @@ def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
     """A ViT's state_dict from any file that `load_vit` takes; it may hold other keys as well."""
     content = read_file(path)
     parts = (content.get("model"), content.get("module"), content)
-    state = next(part for part in parts if isinstance(part, dict) and part)
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
+    state = next((part for part in parts if isinstance(part, dict) and part), {})
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
         raise ValueError(f"{path} holds no state_dict of a ViT")
     if any(key.endswith("q_bias") for key in state):  # the authors' layout
         if teacher and not content.get("model_ema"):
