@@ -624,7 +624,7 @@ def files(tmp_path_factory):
         "mae.pth": {"model": encoder | decoder}, "timm.pth": encoder | head,
         "theirs.pth": official | about, "theirs_alone.pth": {"model": official["model"]},
         "theirs_tuned.pth": {"model": split_biases(classifier)} | about,
-        "text.pt": {"model": torch.zeros(3)}, "empty.pt": {},
+        "text.pt": {"model": torch.zeros(3)}, "empty.pt": {}, "numbers.pt": {3: torch.zeros(3)},
         "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
         "layer_scale.pt": encoder | {"blocks.0.ls1.gamma": torch.ones(128)},
     }.items():
@@ -1869,7 +1869,7 @@ def test_linear_probe_trains_the_head_alone():
 
 @pytest.mark.parametrize("flags, words", [
     ("--init text.pt", "fits no ViT"), ("--init empty.pt", "fits no ViT"),
-    ("--init odd.pt", "3 blocks of width 24"),
+    ("--init numbers.pt", "holds no state_dict"), ("--init odd.pt", "3 blocks of width 24"),
     ("--init none.pt", "there is no"), ("--init layer_scale.pt", "blocks.0.ls1.gamma"),
     ("--init encoder.pt --teacher", "holds no teacher"),
     ("--init theirs_alone.pth --teacher", "no model_ema"),

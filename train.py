@@ -598,7 +598,7 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.log, self.signal = args, [], 0
         self.rank = int(os.environ.get("RANK", 0))  # torchrun sets these four
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.is_main = self.rank == 0
@@ -611,7 +611,7 @@ class Run:
             fail("--device cuda: no CUDA device can be used here; --device cpu runs without one")
         if cuda and local_size > (gpus := torch.cuda.device_count()):
             fail(f"--nproc_per_node is more than the {gpus} GPUs of this machine")
-        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
