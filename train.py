@@ -249,10 +249,12 @@ def open_images(args: argparse.Namespace):
     if 0 < args.num_images < len(source):
         chosen = random.Random(args.seed).sample(range(len(source)), args.num_images)
         source = data.Subset(source, chosen)
-    if len(source) < args.batch_size and not args.benchmark:
+    # ImageNet's recipes are for hundreds of steps an epoch; in a few, they teach nothing
+    least = args.batch_size * (10 if args.recipe.startswith("imagenet") else 1)
+    if len(source) < least and not args.benchmark:
         raise ValueError(
-            f"--batch_size {args.batch_size} is more than the {len(source)} images there are: give "
-            "a smaller one, or --recipe photos, which suits a folder of a few thousand")
+            f"--batch_size {args.batch_size} is too large for the {len(source)} images there are: "
+            "give a smaller one, or --recipe photos, which suits a folder of a few thousand")
     return source
 
 
