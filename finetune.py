@@ -340,7 +340,8 @@ def eval_batches(samples: data.Samples, run: Run) -> Iterator[tuple[Tensor, Tens
     mine = range(run.rank, len(samples), run.world_size)
     loader = run.loader(samples, torch.utils.data.BatchSampler(mine, 128, drop_last=False))
     for images, labels in tqdm(loader, leave=False, disable=None if run.is_main else True):
-        yield images[labels >= 0], labels[labels >= 0]
+        readable = labels >= 0
+        yield images if readable.all() else images[readable], labels[readable]
     if run.report_broken(samples, most=1.0) == len(samples):
         fail(f"no image could be read of {len(samples)}, for example {samples.source.name(0)!r}",
              code=1)
@@ -378,7 +379,7 @@ def evaluate_and_keep_the_best(
     if best > best_top1(run.log):
         better = model if best == values["top1"] else average
         run.save(json.dumps(val.source.classes).encode(), "classes.json")
-        run.save(better.state_dict(), "best.pt")
+        run.save_weights(better, "best.pt")
         run.save_picture(draw_predictions(better, val, run), "predictions.png")
     return values
 
@@ -449,22 +450,22 @@ def classify_by_neighbours(
     model: Features, train: data.Samples, val: data.Samples, run: Run
 ) -> dict[str, float]:
     """`accuracy` of k-NN. Each process classifies its share of the validation images."""
-    known, asked = gather(extract(model, train, run), run), extract(model, val, run)
-    tensors = [torch.cat(parts) for batches in (known, asked) for parts in zip(*batches)]
-    num_classes = len(train.source.classes)
-    return accuracy(knn(*tensors, num_classes, run.args.neighbours, run.device), run)
+    shares = gather([extract(model, train, run)], run)
+    known = map(torch.cat, zip(*shares))                                      # (n, D) and (n,)
+    num_classes, k = len(train.source.classes), run.args.neighbours
+    return accuracy(knn(*known, *extract(model, val, run), num_classes, k, run.device), run)
 
 
 @torch.no_grad()
-def extract(model: Features, samples: data.Samples, run: Run) -> list[tuple[Tensor, Tensor]]:
-    """Features (b, D) and labels (b,), on the CPU, of the batches of this process's share."""
+def extract(model: Features, samples: data.Samples, run: Run) -> tuple[Tensor, Tensor]:
+    """Features (n, D) and labels (n,), on the CPU, of the images of this process's share."""
     model.eval()  # no drop path
     embed_dim = model.encoder.cls_token.shape[2]
     batches = [(torch.zeros(0, embed_dim), torch.zeros(0, dtype=torch.int64))]  # if none follows
     for images, labels in eval_batches(samples, run):
         with run.autocast():
             batches.append((model(to_device(images, run)).cpu(), labels))
-    return batches
+    return tuple(map(torch.cat, zip(*batches)))
 
 
 def gather(mine: list, run: Run) -> list:

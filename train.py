@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -183,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
 
     def save(step: int) -> None:
         run.check_weights(model, step)
-        run.save(model.encoder.state_dict(), "encoder.pt")
+        run.save_weights(model.encoder, "encoder.pt")
         run.save_checkpoint(parts, step, steps_per_epoch)
 
     model.train()
@@ -333,8 +334,9 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple],
     if model.teacher is not None:
         features = model.teacher.encode(patches)[0][:, 1:].float()             # (B, N, D)
         features = (features - features.mean(dim=0)).flatten(0, 1)             # (B*N, D)
-        _, axes = torch.linalg.eigh(features.T @ features)                     # eigenvalues rise
-        axes = axes[:, -3:].flip(1)                                            # (D, 3)
+        # On the CPU: the GPU's solver wants memory of its own, of which none may be left
+        _, axes = torch.linalg.eigh((features.T @ features).cpu())             # eigenvalues rise
+        axes = axes[:, -3:].flip(1).to(run.device)                             # (D, 3)
         colours = features @ (axes * axes.sum(dim=0).sign())                   # (B*N, 3)
         colours = (colours / (2 * colours.std(dim=0) + 1e-6)).clamp(-1, 1)
         maps = colours.unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)           # (B, 3, *grid)
@@ -431,6 +433,10 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         times.append(milliseconds(marks))
     forward, backward, update = np.median(times[3:], axis=0)
     step = forward + backward + update
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident *= 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else resident
 
     # The teacher's MLP has a matrix product of this size: what the device can do at best
     tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]
@@ -447,11 +453,6 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         out = twin(images[:1].to("meta"), mask[:1])
         (out.pixel_loss + out.feature_loss).backward()
     gflop = counter.get_total_flops() / 1e9
-
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident *= 1 if sys.platform == "darwin" else 1024
-    peak = torch.cuda.max_memory_allocated() if cuda else resident
 
     torch.set_num_threads(1)  # as a worker has it
     began, loaded = time.time(), 0
@@ -627,7 +628,8 @@ class Run:
 
         self.workers = args.workers
         if args.workers is None:  # on a CPU the model needs the cores itself
-            self.workers = min(16, len(os.sched_getaffinity(0)) // local_size) if cuda else 1
+            cores = len(os.sched_getaffinity(0)) // local_size
+            self.workers = max(1, min(16, cores)) if cuda else 1
 
     @property
     def config(self) -> dict:
@@ -854,6 +856,10 @@ class Run:
             reason = error.__context__ or error
             fail(f"could not save {path} ({reason}); what was saved before is whole", code=1)
 
+    def save_weights(self, model: nn.Module, name: str) -> None:
+        """Save a state_dict for others to load: on the CPU, so that they need no GPU."""
+        self.save({key: x.cpu() for key, x in model.state_dict().items()}, name)
+
     def save_picture(self, picture: Image.Image, name: str) -> None:
         file = io.BytesIO()
         picture.save(file, "png")
@@ -939,6 +945,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         # lock while it waits for a gloo thread that may need that lock (torch 2.13), and it may
         # wait forever for a dead process.
         if dist.is_initialized():
+            for worker in multiprocessing.active_children():  # would live on for some seconds
+                worker.kill()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
