@@ -416,7 +416,7 @@ def mixup_cutmix(
 
 
 def seed_from(*parts) -> int:
-    """A 63-bit seed from numbers and words. Other parts give another seed; their sum might not."""
+    """A 63-bit seed from numbers and words. They are joined: (1, 2) and (2, 1) have one sum."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
@@ -455,12 +455,13 @@ class Samples(torch.utils.data.Dataset):
             # With `index` in place of `wanted`, two broken files could replace each other forever.
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
-                return *self.transform(self.source.open(index), rng), int(self.source.labels[index])
+                image, label = self.source.open(index), int(self.source.labels[index])
+                return *self.transform(image, rng), label
             except Exception:  # Pillow has a dozen kinds; the training loop counts and stops early
                 self.broken[index] = True
                 index = rng.randrange(len(self))
-        gray = Image.new("RGB", (64, 64), "gray")
-        return *self.transform(gray, rng), int(self.source.labels[wanted]) if self.replace else -1
+        label = int(self.source.labels[wanted]) if self.replace else -1
+        return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), label
 
 
 class Batches(torch.utils.data.Sampler):

@@ -77,17 +77,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     whole, count, amount, share = number(0, kind=int), number(1, kind=int), number(0), number(0, 1)
     add("--data", help="folder with train/ and val/ or test/; without it, built-in images")
     add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
-    add("--init",
-        help="file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
+    add_start = parser.add_mutually_exclusive_group().add_argument
+    add_start("--init",
+              help="file with weights; without it, output/RECIPE/encoder.pt, as train.py writes it")
+    add_start("--scratch", action="store_true", help="random weights instead of --init")
     add("--teacher", action="store_true",
         help="--init: take the teacher's weights, not the student's")
-    add("--scratch", action="store_true", help="random weights instead of --init")
-    add("--linear", action="store_true", help="train a linear layer on the frozen encoder")
-    add("--knn", action="store_true", help="classify by nearest neighbours; no training")
+    add_mode = parser.add_mutually_exclusive_group().add_argument
+    add_mode("--linear", action="store_true", help="train a linear layer on the frozen encoder")
+    add_mode("--knn", action="store_true", help="classify by nearest neighbours; no training")
+    add_mode("--eval", action="store_true", help="only evaluate the classifier in --init")
+    add_mode("--predict", metavar="DIR",
+             help="classify all images in a folder with the classifier in --init")
     add("--neighbours", type=count, default=20, help="--knn: how many")
-    add("--eval", action="store_true", help="only evaluate the classifier in --init")
-    add("--predict", metavar="DIR",
-        help="classify all images in a folder with the classifier in --init")
     add("--model", choices=SIZES, help="--scratch: size of the network; otherwise the file decides")
     add("--patch_size", type=count, help="--scratch: side of a patch; otherwise the file decides")
     add("--img_size", type=count, help="side of the square input; without it, as in the file")
@@ -97,9 +99,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_epochs", type=amount, default=20,
         help="linear warm-up from 0; its share of the run is kept where --epochs changes")
     add("--batch_size", type=count, help="images a step, over processes and --accum_steps")
-    add("--lr", type=amount, help="peak learning rate (0: take --base_lr)")
-    add("--base_lr", type=amount, default=0.0,
-        help="instead of --lr: that for 256 images, which scales with --batch_size")
+    add_rate = parser.add_mutually_exclusive_group().add_argument
+    add_rate("--lr", type=amount, help="peak learning rate")
+    add_rate("--base_lr", type=amount, default=0.0,
+             help="learning rate for 256 images; scales with --batch_size")
     add("--min_lr", type=amount, default=1e-6,
         help="learning rate at the end, or the peak if that is lower")
     add("--weight_decay", type=amount, default=0.05, help="not on biases, norms and CLS token")
@@ -127,17 +130,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     args = parse_recipe(parser, LINEAR if given.linear else RECIPES, argv)
 
-    if given.base_lr and given.lr:
-        fail("--lr and --base_lr both set the peak learning rate: give one")
     if given.base_lr:
         args.lr = 0.0
-    modes = [mode for mode in ("linear", "knn", "eval", "predict") if getattr(args, mode)]
-    if len(modes) > 1:
-        fail(f"--{' and --'.join(modes)} are different things to do: give one")
-    args.mode = modes[0] if modes else "finetune"
-    if args.scratch and (args.init or args.teacher or args.mode in ("eval", "predict")):
-        fail("--scratch starts from random weights: leave out --init, --teacher, --eval and "
-             "--predict, or --scratch")
+    modes = ("linear", "knn", "eval", "predict")
+    args.mode = next((mode for mode in modes if getattr(args, mode)), "finetune")
+    if args.scratch and (args.teacher or args.mode in ("eval", "predict")):
+        fail("--scratch starts from random weights: leave out --teacher, --eval and --predict")
     if not args.scratch:
         args.init = os.path.abspath(args.init or os.path.join("output", args.recipe, "encoder.pt"))
         if not os.path.exists(args.init):
@@ -153,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail(f"--depth {given.depth}: only --linear and --knn cut the encoder")
     if args.linear and args.model_ema:
         fail("--model_ema: a linear probe has no moving average; leave it out")
-    args.batch_given = given.batch_size is not None
+    args.given = [name for name in ("batch_size", "lr") if getattr(given, name) is not None]
     if args.mode == "predict":  # beside the classifier's own folder
         args.out = args.out or os.path.dirname(args.init) + "_predict"
     name = f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}"
@@ -187,22 +185,22 @@ def main(args: argparse.Namespace) -> None:
     if args.mode == "predict":
         return predict(run)
     with one_line_errors():  # wrong flags or data end the run here, before anything is written
-        train, val = open_images(args)
-        args.classes, num_classes = train.classes, len(train.classes)
-        if absent := [name for n, name in enumerate(train.classes) if n not in val.labels]:
+        source, held_out = open_images(args)
+        args.classes, num_classes = source.classes, len(source.classes)
+        if absent := [name for n, name in enumerate(source.classes) if n not in held_out.labels]:
             run.print("warning: no validation image of:", *map(repr, absent[:8]))
         model = build_model(run, num_classes).to(run.device)
         if args.mode in ("finetune", "linear"):
-            fit_batch(len(train), run)
-    val = eval_samples(val, args)
+            fit_batch(len(source), run)
+    val = eval_samples(held_out, args)
     if args.mode == "eval":
         return run.print(json.dumps(evaluate([model], val, run)[0]))
     if args.mode == "knn":
-        train = eval_samples(train, args)
-        return run.print(json.dumps(classify_by_neighbours(model, train, val, run)))
+        known = eval_samples(source, args)
+        return run.print(json.dumps(classify_by_neighbours(model, known, val, run)))
 
-    samples = data.Samples(train, functools.partial(train_view, args=args), args.seed)
-    steps_per_epoch = len(train) // args.batch_size
+    samples = data.Samples(source, functools.partial(train_view, args=args), args.seed)
+    steps_per_epoch = len(source) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     peak_lr = args.lr or args.base_lr * args.batch_size / 256
     if args.linear:
@@ -218,10 +216,10 @@ def main(args: argparse.Namespace) -> None:
     average = parts.get("average")
 
     start = run.resume(parts, FIXED, steps_per_epoch)
-    what = f"{args.recipe} {args.mode}: {len(train)} images of {num_classes} classes"
+    what = f"{args.recipe} {args.mode}: {len(source)} images of {num_classes} classes"
     run.begin(start, total_steps, what)
     network = run.wrap(model)
-    order = data.Batches(len(train), args.batch_size, args.epochs, args.seed, start,
+    order = data.Batches(len(source), args.batch_size, args.epochs, args.seed, start,
                          args.accum_steps, run.rank, run.world_size)
     batches = iter(run.loader(samples, order))
 
@@ -268,16 +266,16 @@ def main(args: argparse.Namespace) -> None:
         epoch, rest = divmod(done, steps_per_epoch)
         if rest == 0:
             run.check_weights(model, done)
-            values = meter.means() | dict(lr=lr)
+            values = meter.means() | run.speed(done) | dict(lr=lr)
             if done == total_steps or epoch % args.eval_every == 0:
                 values |= evaluate_and_keep_the_best(model, average, val, run)
             run.log_epoch(done, epoch, values, samples)
             meter.reset()
-            if done == total_steps or epoch % args.save_every == 0:
-                run.save_checkpoint(parts, done, steps_per_epoch)
-        if run.stop_asked():
+        stop = run.stop_asked()
+        if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
             run.check_weights(model, done)
             run.save_checkpoint(parts, done, steps_per_epoch)
+        if stop:
             run.stop(done)
     if (best := best_top1(run.log)) >= 0:
         run.print(f"best top-1 {best:.2f} %; {args.out} holds best.pt, checkpoint.pt, log.jsonl, "
@@ -297,11 +295,13 @@ def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[di
     """
     last, groups = len(model.blocks) + 1, {}
     for name, p in model.named_parameters():
-        layer = 0 if name.startswith(("cls_token", "patch_embed")) else last
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layer
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = 0 if name.startswith(("cls_token", "patch_embed")) else last
         spared = p.ndim == 1 or name == "cls_token"
-        scale = layer_decay ** (last - layer)
-        new = dict(params=[], weight_decay=0.0 if spared else weight_decay, lr_scale=scale)
+        new = dict(params=[], weight_decay=0.0 if spared else weight_decay,
+                   lr_scale=layer_decay ** (last - layer))
         groups.setdefault((layer, spared), new)["params"].append(p)
     return list(groups.values())
 
@@ -352,7 +352,7 @@ def to_device(images: Tensor, run: Run) -> Tensor:
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts (3,): rows of `scores` (b, num_classes) right in first place, in the best 5, all."""
+    """Counts (3,) of images: whose label has the highest score, one of the best five, and all."""
     ranking = scores.topk(min(5, scores.shape[1]), dim=1).indices            # (b, up to 5)
     right = ranking == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
@@ -361,7 +361,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 def accuracy(counts: Tensor, run: Run) -> dict[str, float]:
     """Sum `count_correct` over all processes: number of images, top1 and top5 in per cent."""
     top1, top5, images = run.all_reduce_sum(counts).tolist()
-    return dict(images=images, top1=100 * top1 / max(images, 1), top5=100 * top5 / max(images, 1))
+    return dict(images=images, top1=100 * top1 / images, top5=100 * top5 / images)
 
 
 def best_top1(log: list[dict]) -> float:
@@ -372,16 +372,17 @@ def evaluate_and_keep_the_best(
     model: nn.Module, average: nn.Module | None, val: data.Samples, run: Run
 ) -> dict[str, float]:
     """Evaluate the model and its average; the better is best.pt if it beats all before."""
-    values, *of_average = evaluate([model] if average is None else [model, average], val, run)
-    if of_average:
-        values |= dict(top1_ema=of_average[0]["top1"], top5_ema=of_average[0]["top5"])
-    best = best_top1([values])
-    if best > best_top1(run.log):
-        better = model if best == values["top1"] else average
+    models = [model] if average is None else [model, average]
+    scores = evaluate(models, val, run)
+    best = max(scores, key=lambda score: score["top1"])
+    if best["top1"] > best_top1(run.log):
+        better = models[scores.index(best)]
         run.save(json.dumps(val.source.classes).encode(), "classes.json")
         run.save_weights(better, "best.pt")
         run.save_picture(draw_predictions(better, val, run), "predictions.png")
-    return values
+    if average is None:
+        return scores[0]
+    return scores[0] | dict(top1_ema=scores[1]["top1"], top5_ema=scores[1]["top5"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,7 +462,8 @@ def extract(model: Features, samples: data.Samples, run: Run) -> tuple[Tensor, T
     """Features (n, D) and labels (n,), on the CPU, of the images of this process's share."""
     model.eval()  # no drop path
     embed_dim = model.encoder.cls_token.shape[2]
-    batches = [(torch.zeros(0, embed_dim), torch.zeros(0, dtype=torch.int64))]  # if none follows
+    # An empty batch, in case this process has no images
+    batches = [(torch.zeros(0, embed_dim), torch.zeros(0, dtype=torch.int64))]
     for images, labels in eval_batches(samples, run):
         with run.autocast():
             batches.append((model(to_device(images, run)).cpu(), labels))
@@ -582,7 +584,8 @@ def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
         pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
         picture.paste(pixels.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         for row, line in enumerate(lines):
-            line = "".join(c for c in normalize("NFKD", line) if not combining(c))[:24]
+            letters = (c for c in normalize("NFKD", line) if c.isprintable() and not combining(c))
+            line = "".join(letters)[:24]
             while draw.textlength(line, font_size=14) > width - 4:  # not into the next tile
                 line = line[:-1]
             draw.text((x, y + side + 5 + 17 * row), line, "black" if row else colour, font_size=14)
@@ -613,7 +616,7 @@ def open_images(args: argparse.Namespace):
     else:  # validation images have numbers that pretraining never sees
         size = args.img_size or 64
         train = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), size)
-        val = data.Shapes(args.num_val, size, start=1_000_000 - 1_000_000 % len(data.SHAPES))
+        val = data.Shapes(args.num_val, size, start=999_996)
     if args.labels_per_class:
         rng, chosen = random.Random(f"{args.seed} labels"), []
         for label in range(len(train.classes)):
@@ -626,16 +629,17 @@ def open_images(args: argparse.Namespace):
 def build_model(run: Run, num_classes: int | None) -> nn.Module:
     """The network that the flags ask for; args gets the sizes that were found in --init.
 
-    num_classes: of the data; None takes the file's. Raises ValueError if --init does not fit.
+    num_classes: how many the data has; None takes the file's. ValueError if --init does not fit.
     """
     args = run.args
     torch.manual_seed(args.seed)  # the same weights in every process
     head = {"finetune": num_classes, "linear": 0, "knn": 0}.get(args.mode)  # None: the file's
+    drop_path = args.drop_path if args.mode == "finetune" else 0.0  # a frozen encoder drops nothing
     if args.scratch:
         model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=head,
-                    drop_path=args.drop_path)
+                    drop_path=drop_path)
     else:
-        model = load_vit(args.init, args.img_size, head, args.drop_path, args.teacher, run.print)
+        model = load_vit(args.init, args.img_size, head, drop_path, args.teacher, run.print)
         args.model, args.patch_size = None, model.patch_size
         args.img_size = model.grid[0] * model.patch_size
         config = read_beside(args.init, "config.json", dict) or {}
@@ -646,7 +650,8 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
             usual = RECIPES[args.recipe]["crop_ratio"]
             args.crop_ratio = config.get("crop_ratio", usual)
             if "crop_ratio" not in config:
-                run.print(f"note: no config.json beside {args.init}, so --crop_ratio is {usual}")
+                run.print(f"note: no config.json with one beside {args.init}, so --crop_ratio is "
+                          f"{usual}")
     if (channels := model.patch_embed.proj.in_channels) != 3:
         raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")
     if args.mode in ("linear", "knn"):
@@ -668,17 +673,18 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
 
 
 def fit_batch(images: int, run: Run) -> None:
-    """If a recipe's batch exceeds the training set, take an eighth of that, and scale --lr."""
+    """If a recipe's batch exceeds a quarter of the images, take an eighth, and scale its --lr."""
     args, parts = run.args, run.world_size * run.args.accum_steps
-    if args.batch_size > images:
-        if args.batch_given:
-            raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training "
-                             "images there are")
+    if "batch_size" in args.given and args.batch_size > images:
+        raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training "
+                         "images there are")
+    if "batch_size" not in args.given and 4 * args.batch_size > images:
         batch_size = max(images // 8 // parts, 2 if args.linear else 1) * parts
         if batch_size > images:
             raise ValueError(f"{images} training images are too few for {run.world_size} processes "
                              f"x --accum_steps {args.accum_steps}")
-        args.lr *= batch_size / args.batch_size
+        if "lr" not in args.given:
+            args.lr *= batch_size / args.batch_size
         run.print(f"batch of {batch_size} for {images} images, not {args.batch_size}"
                   f"{f'; peak learning rate {args.lr:.2g}' if args.lr else ''}")
         args.batch_size = batch_size

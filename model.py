@@ -269,11 +269,15 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes), or to the mean patch token (B, D)."""
-        if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            given, sides = tuple(images.shape[2:]), tuple(n * self.patch_size for n in self.grid)
-            raise ValueError(f"images are {given}; this ViT takes {sides}: build it with img_size=")
+        self.check_size(images)
         x, _ = self.encode(patchify(images, self.patch_size))                 # (B, 1+N, D)
         return self.head(self.fc_norm(self.norm(x)[:, 1:].mean(dim=1)))
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError unless the images are of the size that the model was built for."""
+        if patch_grid(images.shape[2:], self.patch_size) != self.grid:
+            given, own = tuple(images.shape[2:]), tuple(n * self.patch_size for n in self.grid)
+            raise ValueError(f"images are {given}; this model takes {own}: build it with img_size=")
 
     def feature_maps(self, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
         """Outputs of the blocks numbered in `blocks` (from 1), for dense prediction.
@@ -455,13 +459,11 @@ class BootMAE(nn.Module):
             teacher, encoder = list(self.teacher.parameters()), list(self.encoder.parameters())
             torch._foreach_lerp_(teacher, encoder, 1 - momentum)
 
-    @torch.compiler.disable  # compiled shapes are static, V and M depend on the mask
+    @torch.compiler.disable  # V and M depend on the mask, and a compiled graph has fixed shapes
     def split(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the visible (B, V) and masked patches (B, M), int64, on the images' device."""
+        self.encoder.check_size(images)
         shape = (len(images), self.grid[0] * self.grid[1])
-        if patch_grid(images.shape[2:], self.patch_size) != self.grid:
-            given, sides = tuple(images.shape[2:]), tuple(n * self.patch_size for n in self.grid)
-            raise ValueError(f"images are {given}; this model was built for {sides}")
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}; "
                              f"it must be torch.bool {shape}, True = masked")
@@ -504,8 +506,8 @@ def load_vit(
     if img_size is not None:
         sizes["img_size"] = img_size
     elif sizes["img_size"] is None:
-        raise ValueError(f"{path} is not for square images, which only load_vit takes: "
-                         "give it img_size=(height, width)")
+        raise ValueError(f"{path} is for images that are not square: only load_vit takes it, with "
+                         "img_size=(height, width)")
     if num_classes is not None:
         sizes["num_classes"] = num_classes
     vit = ViT(**sizes, drop_path=drop_path)
@@ -520,7 +522,7 @@ def read_file(path: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch.load has a kind for each way in which a file can be bad
+    except Exception as error:  # torch.load raises many kinds for a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(f"{path} is damaged or no plain file of tensors, "
                          f"and was left as it is ({reason})") from error
@@ -573,15 +575,21 @@ def sizes_of(state: dict[str, Tensor], path: str) -> dict:
     if (embed_dim, depth) not in known:  # the number of heads is in no file
         raise ValueError(f"{path} has {depth} blocks of width {embed_dim}; "
                          "none of model.py's SIZES has: add a line")
-    side = math.isqrt(num_positions - 1)
+    grid = square_grid(num_positions)
     head = "head.weight" in state and "fc_norm.weight" in state
     return dict(
-        img_size=side * patch_size if side * side + 1 == num_positions else None,
+        img_size=grid and grid[0] * patch_size,
         patch_size=patch_size,
         **known[embed_dim, depth],
         num_classes=len(state["head.weight"]) if head else 0,
         in_chans=in_chans,
     )
+
+
+def square_grid(num_positions: int) -> tuple[int, int] | None:
+    """Rows and columns of CLS and a square of patches; None if the patches form no square."""
+    side = math.isqrt(num_positions - 1)
+    return (side, side) if side * side + 1 == num_positions else None
 
 
 def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
@@ -592,12 +600,14 @@ def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
     """
     own, state, note = vit.state_dict(), dict(state), ""
     positions = state["pos_embed"]
-    side = math.isqrt(positions.shape[1] - 1)
-    square = side * side + 1 == positions.shape[1]  # so has 2 x 8, which must stay as it is
-    if square and (side, side) != vit.grid and not torch.equal(positions, own["pos_embed"]):
-        state["pos_embed"] = resize_positions(positions.float(), (side, side), vit.grid)
-        note = f"; positions interpolated from {side} x {side} to {vit.grid[0]} x {vit.grid[1]}"
+    grid = square_grid(positions.shape[1])
+    # A grid of 2 x 8 counts as square too: it is recognised by having the positions of `vit`.
+    if grid not in (None, vit.grid) and not torch.equal(positions, own["pos_embed"]):
+        state["pos_embed"] = resize_positions(positions.float(), grid, vit.grid)
+        note = "; positions interpolated from {} x {} to {} x {}".format(*grid, *vit.grid)
     loaded = {key: x for key, x in state.items() if key in own and own[key].shape == x.shape}
+    if "fc_norm.weight" not in state:  # a head on the CLS token is no head on the mean token
+        loaded = {key: x for key, x in loaded.items() if not key.startswith("head.")}
     left_out, new = sorted(state.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
     for key in new:
         if not key.startswith(("norm.", "fc_norm.", "head.")):
@@ -623,7 +633,7 @@ def from_official(checkpoint: dict) -> dict[str, Tensor]:
     teacher is 'model_ema', where there is one), a fine-tuned one for a `ViT` with a head.
     Raises ValueError naming a key that belongs to neither.
     """
-    # DeepSpeed says 'module'.
+    # DeepSpeed stores the weights under 'module'.
     theirs = checkpoint.get("model") or checkpoint.get("module") or checkpoint
     ours = _merge_biases(theirs)
     if "head.weight" in theirs:

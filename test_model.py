@@ -617,7 +617,7 @@ def files(tmp_path_factory):
     official = to_official(model)
     about = {"args": argparse.Namespace(model="pretrain_base", epochs=800), "epoch": 799}
     decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
-    head = {"head.weight": torch.zeros(1000, 128), "head.bias": torch.zeros(1000)}
+    head = {"head.weight": torch.zeros(12, 128), "head.bias": torch.zeros(12)}  # on the CLS token
     for name, content in {
         "checkpoint.pt": {"model": model.state_dict(), "optimizer": {}, "step": 1},
         "encoder.pt": encoder, "best.pt": classifier,
@@ -637,7 +637,7 @@ def files(tmp_path_factory):
     ("checkpoint.pt", "encoder", "left out: norm.bias"), ("theirs.pth", "encoder", "new: fc_norm"),
     ("checkpoint.pt", "teacher", "left out: norm.bias"), ("theirs.pth", "teacher", "new: fc_norm"),
     ("encoder.pt", "encoder", "new: fc_norm.bias"), ("best.pt", "classifier", "out: nothing; new"),
-    ("mae.pth", "encoder", "mask_token"), ("timm.pth", "encoder", "head.weight"),
+    ("mae.pth", "encoder", "mask_token"), ("timm.pth", "encoder", "out: head.bias, head.weight"),
     ("theirs_tuned.pth", "classifier", "left out: nothing; new: nothing"),
 ])
 def test_weights_of_every_origin(files, name, part, words):
@@ -1516,6 +1516,22 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert Image.open(unbroken / "curves.png").size == (2 * 440, 300)
 
 
+def test_images_per_s_counts_training_alone(tmp_path, monkeypatch):
+    """By a clock on which a step of 8 images takes one second, and a picture a thousand."""
+    def on_the_clock(seconds, function):
+        def timed(*args):
+            now[0] += seconds
+            return function(*args)
+        return timed
+
+    now, draw = [0.0], train.draw_reconstructions
+    monkeypatch.setattr(train.Meter, "add", on_the_clock(1, train.Meter.add))
+    monkeypatch.setattr(train, "draw_reconstructions", on_the_clock(1000, draw))
+    monkeypatch.setattr(train.time, "time", lambda: now[0])
+    call(train, *TRAIN, "--out", tmp_path, "--picture_every", 1)
+    assert [line["images_per_s"] for line in read_log(tmp_path)] == [8, 8, 8]
+
+
 def test_curves_leave_out_what_is_missing_or_not_finite():
     log = [dict(epoch=1, loss=1.0, top1=10.0), dict(epoch=2, loss=math.nan, top1=20.0),
            dict(epoch=3, loss=0.5)]
@@ -1679,6 +1695,11 @@ def test_losses_that_are_never_finite_end_the_run_at_the_next_look():
     meter.add(torch.tensor(2.0))
     meter.add(torch.tensor(math.nan))
     assert meter.look() == {"loss": 2.0}
+    meter.add(torch.tensor(3.0))
+    meter.means()  # at the end of an epoch, which is no look
+    meter.reset()
+    meter.add(torch.tensor(math.inf))
+    assert math.isnan(meter.look()["loss"])
     meter.add(torch.tensor(math.inf))
     with pytest.raises(SystemExit, match="1"):
         meter.look()
@@ -1866,6 +1887,9 @@ def test_linear_probe_trains_the_head_alone():
     features -= features.mean(0)
     features /= (features.var(0, correction=0) + 1e-6).sqrt()
     near(probe(images), features @ probe.head.weight.T + probe.head.bias, atol=1e-4)
+    args = finetune.parse_args("--scratch --recipe shapes --linear --drop_path 0.5".split())
+    frozen = finetune.build_model(train.Run(args), 12).features.encoder
+    assert all(block.drop_path == 0 for block in frozen.blocks)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1877,10 +1901,10 @@ def test_linear_probe_trains_the_head_alone():
     ("--init encoder.pt --patch_size 8", "--patch_size"),
     ("--init encoder.pt --eval", "is no classifier"), ("", "output/shapes/encoder.pt"),
     ("--data=", "--data is empty"), ("--init=", "--init is empty"),
-    ("--scratch --predict=", "--predict is empty"), ("--scratch --init x", "--scratch starts"),
-    ("--scratch --batch_size 64", "--batch_size"), ("--scratch --knn --linear", "give one"),
-    ("--scratch --knn --depth 9", "--depth 9"),
-    ("--scratch --lr 0.1 --base_lr 0.1", "give one"),
+    ("--scratch --predict=", "--predict is empty"), ("--scratch --init x", "--init: not allowed"),
+    ("--scratch --batch_size 64", "--batch_size"), ("--scratch --knn --depth 9", "--depth 9"),
+    ("--scratch --knn --linear", "--linear: not allowed"),
+    ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
     ("--scratch --linear --accum_steps 8", "needs two"),
 ])
 def test_bad_calls_of_finetune(files, tmp_path, capsys, monkeypatch, flags, words):
@@ -1996,9 +2020,11 @@ def test_a_recipes_batch_shrinks_to_the_data():
         finetune.fit_batch(images, run)
         return run.args.batch_size, run.args.lr
 
-    assert fit(512) == (512, 1e-3)
+    assert fit(2048) == (512, 1e-3)
+    assert fit(2000) == (250, pytest.approx(1e-3 * 250 / 512))  # else it had three steps an epoch
+    assert fit(2000, "--batch_size", "512") == (512, 1e-3)
     # An eighth is 9, and 8 can be cut into two.
-    assert fit(72, "--accum_steps", "2") == (8, pytest.approx(1e-3 * 8 / 512))
+    assert fit(72, "--accum_steps", "2", "--lr", "0.1") == (8, 0.1)
     with pytest.raises(ValueError, match="--batch_size 512 is more than the 72"):
         fit(72, "--batch_size", "512")
     with pytest.raises(ValueError, match="6 training images are too few"):
@@ -2148,7 +2174,7 @@ def test_neighbours_of_a_random_network_see_no_drop_path(capsys):
 def test_a_contact_sheet_writes_letters_without_their_accents():
     """Pillow's own font has none, and would draw boxes."""
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    names = "Müller é", "Mu\u0308ller e\u0301", "Muller e"
+    names = "Müller é", "Mu\u0308ller\n e\u0301", "Muller e"  # a line break is left out as well
     a, b, c = (finetune.contact_sheet([(image, [name], "black")]) for name in names)
     assert a == b == c
 
@@ -2296,7 +2322,7 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(tmp_path, mask, inject, wei
         assert [line[name] for line in log] == pytest.approx(epoch_means(losses), rel=1e-6)
 
 
-@pytest.mark.parametrize("peak", ["--lr 0.01", "--lr 0 --base_lr 0.64"])
+@pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
 def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
     shapes, files = data.Shapes(9, 40), []  # image i is of class i % 3; a folder's come by class
     for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:

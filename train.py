@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask", choices=("block", "random"), default="block", help="kind of masks")
     add("--mask_ratio", type=share, default=0.75, help="fraction of the patches that is masked")
     add("--crop_scale", type=number(1e-6, 1), nargs=2, default=(0.2, 1.0),
-        help="area of a random crop")
+        help="smallest and largest area of a random crop, as a share of the image")
     add("--epochs", type=count, default=800, help="length of the run")
     add("--warmup_epochs", type=amount, default=40,
         help="linear warm-up from 0; its share of the run is kept where --epochs changes")
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--feature_ramp", type=share, default=0.25,
         help="fraction of training over which the weight of feature_loss rises to 1")
     add("--momentum", type=share, nargs=3, default=(0.999, 0.9999, 0.99999),
-        help="of the teacher at the start, at 1/8 and from 1/2 of training")
+        help="of the teacher at the start, at 1/8 and from 1/2; lowered in short runs")
     add("--picture_every", type=count, default=5, help="epochs between pictures")
     add("--benchmark", action="store_true",
         help="time steps and loading, print a table, train nothing")
@@ -143,7 +143,7 @@ def schedules(step: int, total_steps: int, epoch: int,
     lr = cosine_lr(progress, args.warmup_epochs / args.epochs, peak, args.min_lr)
     # Lambda rises with each epoch, as in the authors' code, the others with each step
     feature_weight = min(1.0, (epoch + 1) / max(1e-9, args.feature_ramp * args.epochs))
-    # A little more than published, so that the published run stays as it is
+    # Each share is a little more than published, so that the published run stays as it is
     spans = [max(1.0, share * total_steps) for share in (1 / 240, 1 / 24, 1 / 2.4)]
     momenta = [min(m, 1 - 1 / span) for m, span in zip(args.momentum, spans)]
     return lr, feature_weight, float(np.interp(progress, (0, 1 / 8, 1 / 2), momenta))
@@ -182,11 +182,6 @@ def main(args: argparse.Namespace) -> None:
     # The same eight images, crops and masks in each picture
     gallery = [samples[i] for i in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
-    def save(step: int) -> None:
-        run.check_weights(model, step)
-        run.save_weights(model.encoder, "encoder.pt")
-        run.save_checkpoint(parts, step, steps_per_epoch)
-
     model.train()
     for step in (bar := run.bar(start, total_steps)):
         epoch = step // steps_per_epoch
@@ -220,19 +215,22 @@ def main(args: argparse.Namespace) -> None:
             bar.set_postfix(losses, lr=lr, refresh=False)
             if done == 1:
                 run.print_values("first step", losses)
-        if done % steps_per_epoch == 0:
+        if epoch_ends := done % steps_per_epoch == 0:
             run.check_weights(model, done)
-            values = meter.means() | dict(lr=lr, momentum=momentum, feature_weight=feature_weight)
+            values = meter.means() | run.speed(done)
+            values |= dict(lr=lr, momentum=momentum, feature_weight=feature_weight)
             if done == total_steps or (epoch + 1) % args.picture_every == 0:
                 picture, quality = draw_reconstructions(model, gallery, run)
                 run.save_picture(picture, f"epoch_{epoch + 1:04d}.png")
                 values |= quality
             run.log_epoch(done, epoch + 1, values, samples)
             meter.reset()
-            if done == total_steps or (epoch + 1) % args.save_every == 0:
-                save(done)
-        if run.stop_asked():
-            save(done)
+        stop = run.stop_asked()
+        if stop or done == total_steps or epoch_ends and (epoch + 1) % args.save_every == 0:
+            run.check_weights(model, done)
+            run.save_weights(model.encoder, "encoder.pt")
+            run.save_checkpoint(parts, done, steps_per_epoch)
+        if stop:
             run.stop(done)
     files = "encoder.pt, checkpoint.pt, log.jsonl, curves.png and pictures"
     run.print(f"done: {args.out} holds {files}")
@@ -358,15 +356,19 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple],
 def draw_curves(log: list[dict]) -> Image.Image:
     """Curves over the epochs, one panel each: the losses, and top-1 of a classifier."""
     names = ("pixel_loss", "feature_loss", "loss", "top1", "top1_ema")
-    curves = {name: [(line["epoch"], line[name]) for line in log
-                     if math.isfinite(line.get(name, math.nan))] for name in names}
-    curves = {name: points for name, points in curves.items() if any(y for _, y in points)}
+    curves = {}
+    for name in names:
+        points = [(line["epoch"], line[name]) for line in log if name in line]
+        points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+        if any(value for _, value in points):  # not the feature_loss of a run without a teacher
+            curves[name] = points
     width, height, left, top = 440, 300, 64, 40  # of a panel, and its margins
     w, h = width - left - 24, height - top - 44  # of the axes
     picture = Image.new("RGB", (width * max(1, len(curves)), height), "white")
     draw = ImageDraw.Draw(picture)
     text = functools.partial(draw.text, fill="black", font_size=14)
     last = max(2, log[-1]["epoch"])
+    stride = w / (last - 1)  # from one epoch to the next
     for place, (name, points) in enumerate(curves.items()):
         x0 = place * width + left
         low, high = min(value for _, value in points), max(value for _, value in points)
@@ -378,9 +380,9 @@ def draw_curves(log: list[dict]) -> Image.Image:
             draw.line((x0, y, x0 + w, y), fill="lightgray")
             text((x0 - 6, y), f"{high - (high - low) * tick / 4:.3g}", anchor="rm")
         for epoch in sorted({1, (1 + last) // 2, last}):
-            text((x0 + w * (epoch - 1) / (last - 1), top + h + 6), f"{epoch}", anchor="ma")
+            text((x0 + stride * (epoch - 1), top + h + 6), f"{epoch}", anchor="ma")
         text((x0 + w / 2, top + h + 22), "epoch", anchor="ma")
-        dots = [(x0 + w * (epoch - 1) / (last - 1), top + h * (high - value) / (high - low))
+        dots = [(x0 + stride * (epoch - 1), top + h * (high - value) / (high - low))
                 for epoch, value in points]
         draw.line(dots, fill="#1f6fb4", width=3, joint="curve")
         for x, y in dots if len(dots) < 40 else dots[-1:]:
@@ -434,8 +436,7 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     forward, backward, update = np.median(times[3:], axis=0)
     step = forward + backward + update
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident *= 1 if sys.platform == "darwin" else 1024
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if cuda else resident
 
     # The teacher's MLP has a matrix product of this size: what the device can do at best
@@ -520,8 +521,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(
             description=description, formatter_class=Parser.Formatter, allow_abbrev=False,
-            epilog="Defaults are those of --recipe imagenet; RECIPES, at the top of the script, "
-                   "has the others.")
+            epilog="Defaults are those of --recipe imagenet, where they are shown; RECIPES, at the "
+                   "top of the script, has them all.")
 
     def error(self, message: str):
         fail(message.removeprefix("argument "))
@@ -555,8 +556,9 @@ def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict],
     args = parser.parse_args(argv)                                # once, to learn the recipe
     recipe = args.recipe or ("imagenet" if args.data else "shapes")
     parser.set_defaults(recipe=recipe, **recipes[recipe])
-    usual, args = parser.parse_args([]), parser.parse_args(argv)  # again, to learn the length
-    parser.set_defaults(warmup_epochs=usual.warmup_epochs * args.epochs / usual.epochs)
+    epochs = parser.parse_args(argv).epochs                       # again, to learn the length
+    warmup = parser.get_default("warmup_epochs") * epochs / parser.get_default("epochs")
+    parser.set_defaults(warmup_epochs=warmup)
     args = parser.parse_args(argv)
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give "
@@ -569,7 +571,7 @@ def parse_recipe(parser: argparse.ArgumentParser, recipes: dict[str, dict],
 
 
 def fail(message: str, code: int = 2, everywhere: bool = False):
-    """End with a line on stderr. Code 2: a call that can't work, 1: something went wrong.
+    """End with a line on stderr. Code 2: the call can't work. 1: something went wrong later.
 
     Only local rank 0 prints. Set `everywhere` for an error that hits a single process.
     """
@@ -619,11 +621,12 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
 
-        amp = args.amp
-        if amp == "auto" and cuda:
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        elif amp == "auto":  # a CPU without AVX-512 bf16 emulates it, which is slow
-            amp = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "off"
+        if cuda:
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # without AVX-512 bf16, a CPU emulates it, which is slow
+            fast = torch.cpu._is_avx512_bf16_supported()
+        auto = "bf16" if fast else "fp16" if cuda else "off"
+        amp = auto if args.amp == "auto" else args.amp
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
         self.workers = args.workers
@@ -636,7 +639,7 @@ class Run:
         """All settings but --fresh and --workers, as saved with the run."""
         return {name: tuple(value) if isinstance(value, list) else value
                 for name, value in vars(self.args).items()
-                if name not in ("fresh", "workers", "batch_given")}
+                if name not in ("fresh", "workers", "given")}
 
     def print(self, *words: str) -> None:
         if self.is_main:
@@ -670,7 +673,7 @@ class Run:
         try:
             for name, part in parts.items():
                 state = checkpoint.get(name)
-                if isinstance(part, torch.optim.Optimizer):  # the moments; settings are this call's
+                if isinstance(part, torch.optim.Optimizer):  # its moments; settings are this call's
                     settings = part.param_groups
                     part.load_state_dict(state)
                     part.param_groups = settings
@@ -687,20 +690,20 @@ class Run:
 
     def _check_unchanged(self, path, checkpoint, images, fixed, steps_per_epoch) -> None:
         """End the run if the data or a setting in `fixed` has changed; print which others have."""
-        was, now, instead = checkpoint["config"], self.config, "or another --out, or --fresh"
-        changed = {name: was.get(name) for name in now if was.get(name) != now[name]}
-        if wrong := [f"--{name} {value}" for name, value in changed.items() if name in fixed]:
-            fail(f"{path} was trained with {', '.join(wrong)}: give the same, {instead}")
+        was, now = checkpoint["config"], self.config
+        changed = [name for name in now if was.get(name) != now[name]]
+        differs = [f"--{name} {was.get(name)}" for name in changed if name in fixed]
         if "classes" in changed:
-            fail(f"{path} was trained on other classes than --data has: give the same, {instead}")
-        if (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
-            fail(f"{path} had {steps} steps an epoch, not {steps_per_epoch}: give the same data "
-                 f"and --batch_size, {instead}")
+            differs.append("other classes")
         if (before := len(checkpoint["samples"]["broken"])) != images:
-            fail(f"{path} was trained on {before} images, and now there are {images}: give the "
-                 f"same data, {instead}")
+            differs.append(f"{before} images, not {images}")
+        elif (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
+            differs.append(f"another --batch_size ({steps} steps an epoch, not {steps_per_epoch})")
+        if differs:
+            fail(f"{path} was trained with {', '.join(differs)}: give the same, or another --out, "
+                 "or --fresh")
         if changed:
-            words = [f"--{name} {now[name]} (was {value})" for name, value in changed.items()]
+            words = [f"--{name} {now[name]} (was {was.get(name)})" for name in changed]
             self.print("changed:", ", ".join(words))
 
     def begin(self, start: int, total_steps: int, what: str) -> None:
@@ -741,7 +744,7 @@ class Run:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, wrapped in DDP and torch.compile if asked for; its parameters are shared."""
+        """`model`, wrapped in DDP and torch.compile if asked for. Training it trains `model`."""
         if self.world_size > 1:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
@@ -780,7 +783,7 @@ class Run:
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """End the run rather than save weights that are not finite over good ones."""
-        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+        if not nn.utils.get_total_norm(model.parameters()).isfinite():
             fail(f"weights are no longer finite at step {step}; {self.kept}. {self.cure}", code=1)
 
     def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
@@ -799,10 +802,14 @@ class Run:
                  f"%, for example {examples}", code=1)
         return len(broken)
 
+    def speed(self, done: int) -> dict[str, float]:
+        """Images a second since the last line of the log; call it before anything but training."""
+        images = (done - self.began_step) * self.args.batch_size
+        return dict(images_per_s=images / (time.time() - self.began))
+
     def log_epoch(self, done: int, epoch: int, values: dict, samples: data.Samples) -> None:
         """Add a line to the log, print it, and start the clock of the next epoch."""
-        speed = (done - self.began_step) * self.args.batch_size / (time.time() - self.began)
-        values = values | dict(images_per_s=speed, broken=self.report_broken(samples))
+        values = values | dict(broken=self.report_broken(samples))
         self.log.append(dict(epoch=epoch) | values)
         self.print_values(f"epoch {epoch}", values)
         self.save_log()
@@ -821,7 +828,7 @@ class Run:
             return self.signal > 0
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.signal = self.signal or int(flag)  # never back to 0: one may have arrived meanwhile
+        self.signal = self.signal or int(flag)  # not back to 0: one may have arrived meanwhile
         return int(flag) > 0
 
     def stop(self, step: int):
@@ -889,7 +896,7 @@ class Meter:
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
         self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
-        self.count = 0  # of finite losses, at the last reading; self.sums[-1] is the count so far
+        self.count, self.looked = 0, -1  # finite losses at the last `means`, and at the last `look`
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one is not finite, as can happen in fp16, none is added."""
@@ -903,27 +910,28 @@ class Meter:
 
     def look(self) -> dict[str, float]:
         """The means; ends the run if no loss was finite since the last look."""
-        before, means = self.count, self.means()
-        if self.count == before:
+        means = self.means()
+        if self.count == self.looked:
             fail(f"no loss was finite in the last --log_every {self.run.args.log_every} steps; "
                  f"{self.run.kept}. {self.run.cure}", code=1)
+        self.looked = self.count
         return means
 
     def reset(self) -> None:
+        """Begin an epoch; call `means` before. Losses that no `look` has seen still count there."""
         self.sums.zero_()
-        self.count = 0
+        self.count, self.looked = 0, self.looked - self.count
 
     def state_dict(self) -> dict:
         return {"sums": self.run.all_reduce_sum(self.sums).cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.count = state["sums"][-1].item()
-        if self.run.is_main:  # in one process only: `means` sums over all
+        if self.run.is_main:  # one process keeps the sums, because `means` adds those of all
             self.sums.copy_(state["sums"])
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Call main(args), and leave in a way that can't hang."""
+    """Call main(args). Distributed processes then exit at once, because a usual exit may hang."""
     code = 1
     try:
         main(args)
@@ -932,8 +940,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         code = end.code
         raise
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory: --accum_steps {2 * args.accum_steps} halves the images held at a "
-             "time", code=1, everywhere=True)
+        fail(f"out of GPU memory: in training, --accum_steps {2 * args.accum_steps} halves the "
+             "images held at a time", code=1, everywhere=True)
     except Exception as error:
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             if "by peer" in str(error):  # its own message, or torchrun's, says why
