@@ -37,7 +37,8 @@ class ImageFolder:
         if not paths:
             looked = f"looked for {' '.join(EXTENSIONS)} at any depth"
             raise ValueError(f"no images found in {self.root!r} ({looked})")
-        # One array, not a million str objects: no reference count copies the workers' pages.
+        # In one array: reading a str would change its count of references, and so copy its page of
+        # memory into each worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
         tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]  # "" directly in `root`
         names = set(tops) - {""}
@@ -67,7 +68,7 @@ def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[s
         path = os.path.join(below, entry.name)
         if entry.name.startswith("."):
             continue
-        # A plain file costs no call to the disk, and a link to itself is no error.
+        # is_dir() costs no call to the disk for a plain file; isdir() stands a link to itself.
         if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(root, path, (*above, real))
         elif entry.name.lower().endswith(EXTENSIONS):
@@ -426,7 +427,7 @@ class Samples(torch.utils.data.Dataset):
     source: an `ImageFolder`, `Shapes`, or `Subset` of one.
     transform: from the opened image and a random.Random of (seed, epoch, index) alone to a tuple.
     A file that can't be read is replaced by another, the same one in every run; with replace=False
-    by a gray image labelled -1, which evaluation leaves out.
+    by a grey image labelled -1, which evaluation leaves out.
     broken: bool (len(source),), the files found unreadable so far, in memory that workers share.
     reported: bool (len(source),), the broken files that the user has been told of.
     """

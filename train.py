@@ -532,7 +532,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `Run`."""
     add = parser.add_argument
     whole, count = number(0, kind=int), number(1, kind=int)
-    add("--out", help="folder for everything that is written; without it, one below output/")
+    add("--out",
+        help="folder for all that is written; without it, one below output/, or for --predict "
+             "beside the classifier's")
     add("--fresh", action="store_true", help="start over; a checkpoint in --out is removed")
     add("--accum_steps", type=count, default=1,
         help="cut a batch into so many parts, to save memory")
