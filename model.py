@@ -341,8 +341,7 @@ def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
     MAE normalises over all C*p*p values; per channel, the target loses the local colour as well.
     """
     x = patches.unflatten(-1, (-1, patch_size**2))                # (..., C, p*p)
-    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    return ((x - mean) / (variance + 1e-5).sqrt()).flatten(-2)    # (..., C*p*p)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5).flatten(-2)    # (..., C*p*p)
 
 
 def standardize(features: Tensor) -> Tensor:
