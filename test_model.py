@@ -2051,7 +2051,6 @@ def plain_batches():
         yield step, epoch, [(index, random.Random(f"3 {epoch} {index}")) for index in indices]
 
 
-
 def plain_optimizer(model, scale):
     """AdamW with a group for each parameter; scale(name) multiplies its learning rate."""
     groups = []
