@@ -1557,6 +1557,8 @@ def test_losses_that_are_never_finite_end_the_run_at_the_next_look():
     meter.reset()
     meter.add(torch.tensor(math.inf))
     assert math.isnan(meter.look()["loss"])
+    meter.means()
+    meter.reset()
     meter.add(torch.tensor(math.inf))
     with pytest.raises(SystemExit, match="1"):
         meter.look()
@@ -2296,6 +2298,14 @@ def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, step
     call(module, *flags)
     assert "finished" in capsys.readouterr().out
     assert_same(result(tmp_path / "stopped"), result(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_checkpoints_come_every_save_every_epochs_and_at_the_end(tmp_path, monkeypatch, module):
+    steps, flags = [], TRAIN if module is train else ["--scratch", *TUNE]
+    monkeypatch.setattr(train.Run, "save_checkpoint", lambda *given: steps.append(given[2]))
+    call(module, *flags, "--save_every", 2, "--out", tmp_path)
+    assert steps == [12, 18]
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "curves.png", "encoder.pt", "checkpoint.pt"])
