@@ -68,7 +68,8 @@ def _walk(root: str, below: str = "", above: tuple[str, ...] = ()) -> Iterator[s
         path = os.path.join(below, entry.name)
         if entry.name.startswith("."):
             continue
-        # is_dir() costs no call to the disk for a plain file; isdir() stands a link to itself.
+        # is_dir() costs no call to the disk for a plain file. isdir() takes a link to itself for no
+        # folder, where is_dir() would raise.
         if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             yield from _walk(root, path, (*above, real))
         elif entry.name.lower().endswith(EXTENSIONS):
@@ -417,7 +418,7 @@ def mixup_cutmix(
 
 
 def seed_from(*parts) -> int:
-    """A 63-bit seed from numbers and words. They are joined: (1, 2) and (2, 1) have one sum."""
+    """A 63-bit seed from numbers and words. Their sum would not tell (1, 2) from (2, 1)."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 

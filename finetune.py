@@ -352,7 +352,10 @@ def to_device(images: Tensor, run: Run) -> Tensor:
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts (3,) of images: whose label has the highest score, one of the best five, and all."""
+    """Counts (3,) of images: those whose label has the highest score, or one of the best five; all.
+
+    scores (b, num_classes), labels (b,) int64.
+    """
     ranking = scores.topk(min(5, scores.shape[1]), dim=1).indices            # (b, up to 5)
     right = ranking == labels[:, None]
     return torch.stack([right[:, 0].sum(), right.sum(), torch.ones_like(labels).sum()])
@@ -616,7 +619,7 @@ def open_images(args: argparse.Namespace):
     else:  # validation images have numbers that pretraining never sees
         size = args.img_size or 64
         train = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), size)
-        val = data.Shapes(args.num_val, size, start=999_996)
+        val = data.Shapes(args.num_val, size, start=999_996)  # a multiple of 12
     if args.labels_per_class:
         rng, chosen = random.Random(f"{args.seed} labels"), []
         for label in range(len(train.classes)):
@@ -650,7 +653,7 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
             usual = RECIPES[args.recipe]["crop_ratio"]
             args.crop_ratio = config.get("crop_ratio", usual)
             if "crop_ratio" not in config:
-                run.print(f"note: no config.json with one beside {args.init}, so --crop_ratio is "
+                run.print(f"note: no config.json beside {args.init} gives it, so --crop_ratio is "
                           f"{usual}")
     if (channels := model.patch_embed.proj.in_channels) != 3:
         raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")

@@ -70,6 +70,6 @@ def _fill_up(mask: Tensor, num_masked: int, generator: torch.Generator | None) -
     if not 0 <= num_masked <= num_patches:
         raise ValueError(f"cannot mask {num_masked} of {num_patches} patches; "
                          f"num_masked must be 0 to {num_patches}")
-    score = torch.rand(mask.shape, generator=generator) + mask  # masked ones have over 1 and stay
+    score = torch.rand(mask.shape, generator=generator) + mask  # masked: 1 or more, so they stay
     chosen = score.topk(num_masked, dim=1).indices                 # (B, num_masked)
     return torch.zeros_like(mask).scatter(1, chosen, True)         # (B, N)
