@@ -212,7 +212,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021) with fixed sin-cos positions.
 
-    The state_dict is timm's. Images are float (B, in_chans, H, W) in [-1, 1].
+    The state_dict is timm's: its VisionTransformer of the same sizes loads an encoder's, if made with
+    num_classes=0, global_pool="avg" and fc_norm=False. Images: float (B, in_chans, H, W), [-1, 1].
     img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a
     classifier, with `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly
     from 0 in the first block to its value in the last.
@@ -289,6 +290,7 @@ class ViT(nn.Module):
             up = lambda: nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2)
             nn.Sequential(up(), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)
 
+        torchvision's MaskRCNN also needs an AnchorGenerator with one size for each map.
         Raises ValueError for a block that is not there, or an image size that does not divide.
         """
         grid = patch_grid(images.shape[2:], self.patch_size)
