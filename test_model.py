@@ -2271,6 +2271,25 @@ def test_torchrun_restarts_both_processes_after_one_has_died(unbroken, tmp_path)
     assert_nearly_same_run(tmp_path / "run", unbroken)
 
 
+def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
+    """torchrun ends all when one ends, with signals of its own, and rank 0 may still be saving."""
+    run = train.Run(train.parse_args([]))
+    old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, run._remember)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == run._remember
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
+            signal.signal(number, handler)
+    run.world_size = 2
+    monkeypatch.setattr(train.dist, "all_reduce", MagicMock(side_effect=InterruptedError("waits")))
+    with pytest.raises(InterruptedError, match="waits"):
+        run.stop(3)
+
+
 def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     """Processes only act on what all of them have seen, so this one counts at the next step."""
     run = train.Run(train.parse_args([]))

@@ -820,9 +820,12 @@ class Run:
     # ---- signals
 
     def _remember(self, number: int, frame) -> None:
-        """SIGTERM (a cluster's preemption) or SIGINT (Ctrl-C) sets a flag; a second one kills."""
+        """SIGTERM (a cluster's preemption) or SIGINT (Ctrl-C) sets a flag; a second Ctrl-C kills.
+
+        A second SIGTERM does not, because torchrun may send its own while rank 0 still saves.
+        """
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def stop_asked(self) -> bool:
         """Whether a process has received a signal. The flag is on the CPU; no GPU is waited for."""
@@ -834,6 +837,8 @@ class Run:
         return int(flag) > 0
 
     def stop(self, step: int):
+        if self.world_size > 1:  # wait for rank 0 to have saved: torchrun ends all when one ends
+            dist.all_reduce(torch.tensor(0))
         same = "the same command, without --fresh," if self.args.fresh else "the same command"
         fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; "
              f"{self.args.out}/checkpoint.pt holds it, {same} goes on",
@@ -867,7 +872,8 @@ class Run:
 
     def save_weights(self, model: nn.Module, name: str) -> None:
         """Save a state_dict for others to load: on the CPU, so that they need no GPU."""
-        self.save({key: x.cpu() for key, x in model.state_dict().items()}, name)
+        if self.is_main:
+            self.save({key: x.cpu() for key, x in model.state_dict().items()}, name)
 
     def save_picture(self, picture: Image.Image, name: str) -> None:
         file = io.BytesIO()
