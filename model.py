@@ -212,8 +212,9 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2021) with fixed sin-cos positions.
 
-    The state_dict is timm's: a VisionTransformer of the same sizes loads an encoder's, made with
-    num_classes=0, global_pool="avg" and fc_norm=False. Images: float (B, in_chans, H, W), [-1, 1].
+    The state_dict is timm's. An encoder's fits a VisionTransformer of the same sizes that is made
+    with num_classes=0, global_pool="avg" and fc_norm=False.
+    Images are float (B, in_chans, H, W) in [-1, 1].
     img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a
     classifier, with `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly
     from 0 in the first block to its value in the last.

@@ -2280,7 +2280,8 @@ def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
             signal.signal(number, run._remember)
         os.kill(os.getpid(), signal.SIGTERM)
         assert run.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == run._remember
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
             signal.signal(number, handler)

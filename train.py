@@ -825,7 +825,8 @@ class Run:
         A second SIGTERM does not, because torchrun may send its own while rank 0 still saves.
         """
         self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def stop_asked(self) -> bool:
         """Whether a process has received a signal. The flag is on the CPU; no GPU is waited for."""
