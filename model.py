@@ -217,14 +217,15 @@ class ViT(nn.Module):
     Images are float (B, in_chans, H, W) in [-1, 1].
     img_size: a side, or (height, width). num_classes 0: an encoder, with a final norm; otherwise a
     classifier, with `fc_norm` and `head` on the mean of the patch tokens. drop_path rises linearly
-    from 0 in the first block to its value in the last.
+    from 0 in the first block to its value in the last. branch_init scales the matrices that end the
+    residual branches at the start: 1 as published, 0 for blocks that start as the identity.
     Raises ValueError unless img_size is divisible by patch_size, embed_dim by 4 and by num_heads.
     """
 
     def __init__(
         self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768,
         depth: int = 12, num_heads: int = 12, num_classes: int = 0, drop_path: float = 0.0,
-        in_chans: int = 3,
+        branch_init: float = 1.0, in_chans: int = 3,
     ):
         super().__init__()
         if embed_dim % num_heads:
@@ -240,6 +241,11 @@ class ViT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nothing
 
         self.apply(init_weights)
+        # Xavier branches are as large as the tokens that they are added to: after twelve, most of a
+        # token is common to all tokens. With small ones a network learns in a few thousand steps.
+        for block in self.blocks:
+            block.attn.proj.weight.data.mul_(branch_init)
+            block.mlp.fc2.weight.data.mul_(branch_init)
         nn.init.normal_(self.cls_token, std=1e-6)  # near zero: its content comes through attention
         if num_classes:  # near zero, so that all classes start equally likely
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -381,7 +387,7 @@ class Output(NamedTuple):
 class BootMAE(nn.Module):
     """Pretraining: `.encoder`, its EMA copy `.teacher`, decoders `.regressor` and `.predictor`.
 
-    img_size .. num_heads, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor
+    img_size .. num_heads, branch_init, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor
     is embed_dim wide. decoder_num_heads: the encoder's if None. The paper's ablations:
     inject: the encoder blocks that the regressor and the predictor attend to (the first is 1, the
     last is -1, 0 is none). feature_target: False leaves out teacher and predictor.
@@ -396,13 +402,15 @@ class BootMAE(nn.Module):
         self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768,
         depth: int = 12, num_heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 2,
         decoder_num_heads: int | None = None, inject: tuple[int, int] = (1, -1),
-        feature_target: bool = True, weighted_loss: bool = True, in_chans: int = 3,
+        feature_target: bool = True, weighted_loss: bool = True, branch_init: float = 1.0,
+        in_chans: int = 3,
     ):
         super().__init__()
         if not all(-1 <= number <= depth for number in inject):
             raise ValueError(f"inject {tuple(inject)}: blocks are numbered 1 to {depth}; "
                              "-1 is the last, 0 is none")
-        self.encoder = ViT(img_size, patch_size, embed_dim, depth, num_heads, in_chans=in_chans)
+        self.encoder = ViT(img_size, patch_size, embed_dim, depth, num_heads,
+                           branch_init=branch_init, in_chans=in_chans)
         self.patch_size, self.weighted_loss = patch_size, weighted_loss
         self.grid = self.encoder.grid
         self.inject = tuple(depth if number == -1 else number for number in inject)
