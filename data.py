@@ -4,9 +4,14 @@ Images stay uint8 until they are on the device. Everything random about a sample
 epoch, index) alone, so the numbers of workers and processes do not change the samples (mixup and
 erasing work on batches). Needs only torch, numpy and pillow.
 """
+import contextlib
+import errno
+import hashlib
 import math
 import os
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,9 +23,23 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------
 # Folders
 
-# Pillow refuses twice as many pixels. Its own limit, 179 million, is less than some phones take.
-Image.MAX_IMAGE_PIXELS = 2**27
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _large_photos_allowed():
+    """Pillow refuses images above 179 million pixels, which some phones take. This allows 268."""
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, and refuses twice as many pixels
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        try:
+            Image.MAX_IMAGE_PIXELS = limit and 1.5 * limit
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 class ImageFolder:
@@ -28,6 +47,7 @@ class ImageFolder:
 
     classes: their names, sorted, or those given, so that a validation set numbers them alike.
     labels: int64 (number of images,), -1 for an image directly in `root`.
+    fingerprint: a str that changes with the images' names or classes, but not with `root`.
     Raises ValueError without an image, or if `classes` lacks a class; OSError if reading fails.
     """
 
@@ -37,9 +57,6 @@ class ImageFolder:
         if not paths:
             looked = f"looked for {' '.join(EXTENSIONS)} at any depth"
             raise ValueError(f"no images found in {self.root!r} ({looked})")
-        # In one array: reading a str would change its count of references, and so copy its page of
-        # memory into each worker.
-        self.paths = np.array([os.fsencode(path) for path in paths])
         tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]  # "" directly in `root`
         names = set(tops) - {""}
         self.classes = sorted(names) if classes is None else classes
@@ -47,13 +64,22 @@ class ImageFolder:
             raise ValueError(f"{self.root!r} has classes that the training set lacks: {unknown}")
         number = {name: label for label, name in enumerate(self.classes)} | {"": -1}
         self.labels = np.array([number[top] for top in tops])
+        # One bytes object, not a list of str: workers share the memory of the main process until
+        # someone writes to it, and each str that is read has its reference count written.
+        encoded = [os.fsencode(path) for path in paths]
+        self.paths, self.ends = b"".join(encoded), np.cumsum([len(path) for path in encoded])
+        listing = b"\0".join([*encoded, b"", *map(os.fsencode, self.classes)])
+        self.fingerprint = (
+            f"{len(paths)} images of {len(self.classes)} classes, {_digest(listing)}")
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+        start = self.ends[index - 1] if index else 0
+        return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[index]]))
 
+    @_large_photos_allowed()
     def open(self, index: int) -> Image.Image:
         """The image, of which only the header is read: the crop decides how much is decoded."""
         return Image.open(self.name(index))
@@ -82,6 +108,8 @@ class Subset:
     def __init__(self, source, indices: list[int]):
         self.source, self.indices, self.classes = source, np.array(indices), source.classes
         self.labels = source.labels[self.indices]
+        digest = _digest(str(self.indices.tolist()).encode())
+        self.fingerprint = f"{len(indices)} of {source.fingerprint}, {digest}"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -94,161 +122,77 @@ class Subset:
 
 
 # --------------------------------------------------------------------------------------------------
-# Built-in images
-
-
-def _arc(start: float, stop: float, radius: float = 1.0, centre: complex = 0.0) -> np.ndarray:
-    """48 points of a circle, from one angle to another in turns; complex (48,)."""
-    return centre + radius * np.exp(2j * np.pi * np.linspace(start, stop, 48))
-
-
-def _regular(corners: int) -> np.ndarray:
-    """The corners of a regular polygon in the unit circle; complex (corners,)."""
-    return np.exp(2j * np.pi * np.arange(corners) / corners)
-
-
-# Outlines are complex points x + iy in the unit circle: one complex product scales and turns them.
-OUTLINES = {
-    "circle": _arc(0, 1),
-    "ring": np.r_[_arc(0, 1), _arc(1, 0, radius=0.55)],  # out and back, along a seam of no width
-    "square": _regular(4),
-    "triangle": _regular(3),
-    "star": _regular(10) * np.tile([1, 0.42], 5),
-    "cross": np.outer(_regular(4), [0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j]).ravel(),
-    "heart": -np.r_[1, _arc(1/8, 5/8, 0.555, -0.19 + 0.4j), _arc(3/8, 7/8, 0.555, -0.19 - 0.4j)],
-    "moon": np.r_[_arc(0.14, 0.86), _arc(0.79, 0.21, radius=0.8, centre=0.43)],
-    "arrow": np.r_[1, 0.1 + 0.8j, 0.1 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j],
-    "drop": np.r_[1, _arc(0.176, 0.824, radius=0.62, centre=-0.38)],
-    "dome": _arc(-0.25, 0.25),
-    "corner": np.r_[-0.6 - 0.8j, 0.6 - 0.8j, 0.6 - 0.3j, -0.1 - 0.3j, -0.1 + 0.8j, -0.6 + 0.8j],
-}
-SHAPES = tuple(OUTLINES)
-
-
-def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float) -> np.ndarray:
-    """A colour of this lightness and hue (in turns) that grows darker downwards, at a slight angle.
-
-    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. The slope is
-    steep enough to show within an eighth of the image.
-    """
-    angle = rng.uniform(-0.35, 0.35)
-    sin, cos = math.sin(angle), math.cos(angle)
-    along = (x * sin + y * cos) / (abs(sin) + cos)    # (H, W)
-    middle = [light + 0.16 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
-    swing = [rng.uniform(0.1, 0.14) for _ in range(3)]
-    return np.float32(middle) - along[..., None] * np.float32(swing)
-
-
-class Shapes:
-    """Images of one big shape each: a drawn dataset with nothing to download.
-
-    Image i is drawn from the number start + i alone, so ranges of numbers without overlap make
-    training and test sets. The class is the shape; colour, place, size and angle do not tell it.
-
-    The hidden part of an image can be inferred from the rest, as pretraining requires. There is no
-    noise, no small detail and no flat colour (a patch without slope, once normalised, is nothing
-    but rounding error). A shape is lighter than its background. The light comes from above, so a
-    mirrored image is as likely as the image.
-    """
-
-    classes = SHAPES
-
-    def __init__(self, length: int, size: int = 64, start: int = 0):
-        self.size, self.numbers = size, range(start, start + length)
-        self.labels = np.array(self.numbers) % len(SHAPES)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, index: int) -> str:
-        return f"shape {self.numbers[index]}"
-
-    def open(self, index: int) -> Image.Image:
-        """Draw image `index`: RGB, size x size pixels. Raises IndexError outside the dataset."""
-        size, number = self.size, self.numbers[index]
-        rng = random.Random(f"shapes {number}")
-
-        # Lengths are in a frame of -1 .. 1 across the image. The shape keeps clear of its edges.
-        radius = rng.uniform(0.56, 0.84)
-        x, y = rng.uniform(-1, 1) * (0.95 - radius), rng.uniform(-1, 1) * (0.95 - radius)
-        angle = rng.uniform(-0.4, 0.4) - math.pi / 2  # outlines point along x; upright is -y
-        turned = radius * complex(math.cos(angle), math.sin(angle))
-        outline = OUTLINES[SHAPES[number % len(SHAPES)]] * turned + complex(x, y)
-
-        # Drawn at four times the size and reduced, the edges come out smooth.
-        canvas = Image.new("L", (4 * size, 4 * size))
-        corners = (outline + 1 + 1j) * 2 * size
-        ImageDraw.Draw(canvas).polygon(corners.view(float).tolist(), fill=255)
-        mask = canvas.reduce(4)
-        shadow = Image.new("L", (size, size))
-        shadow.paste(mask, (0, round(size / 16)))
-        shadow = shadow.filter(ImageFilter.BoxBlur(size / 24))
-
-        # Hues differ as well as lightness, so that the outline shows all the way round.
-        hue = rng.random()
-        axis = np.linspace(-1, 1, size, dtype=np.float32)
-        u, v = axis[None, :], axis[:, None]  # (1, W) and (H, 1)
-        image = _ramp(rng, u, v, 0.34, hue)
-        fill = _ramp(rng, (u - x) / radius, (v - y) / radius, 0.66, hue + rng.uniform(0.35, 0.65))
-        image *= 1 - np.asarray(shadow)[..., None] * np.float32(0.5 / 255)
-        image += (fill - image) * (np.asarray(mask)[..., None] * np.float32(1 / 255))
-        return Image.fromarray((image * 255 + 0.5).astype(np.uint8))
-
-
-# --------------------------------------------------------------------------------------------------
 # Views: any image to RGB, cropped and resized in one step
+
+TIFF_EXTRA_SAMPLES, TIFF_FORMAT = 338, 339  # tags: what further bands are; signed, unsigned, float
+TURN = Image.Transpose
+TURNS = {  # by EXIF's orientation; 1 is upright
+    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: 16 bits are scaled, not clipped; transparent parts become white."""
+    """Any Pillow mode to 8-bit RGB. Transparent parts become white.
+
+    Of grey images with more than 8 bits (Pillow's modes I and F), the minimum .. maximum becomes
+    0 .. 255, because files don't say how many of their bits are in use; pixels that are not finite
+    become the minimum. ValueError without a finite range. (Of 16-bit colours, Pillow itself takes
+    the upper 8 bits.) A TIFF's fourth band is opacity only if the file says so.
+    """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I") else max(float(pixels.max()), 1e-12)
-        image = Image.fromarray((pixels * (255 / top)).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
+        image = _stretch(image)
+    undeclared = image.format == "TIFF" and TIFF_EXTRA_SAMPLES not in image.tag_v2
+    if image.has_transparency_data and not undeclared:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def exif_orientation(image: Image.Image) -> int:
-    """1 (upright) to 8; 1 if the image says nothing, or nonsense."""
-    if image.format == "TIFF":  # loading turns it upright
-        return 1
+def _stretch(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(TIFF_FORMAT, (1,)) == (1,):
+        pixels = pixels % 2**32  # unsigned numbers, which Pillow reads as signed ones
+    finite = np.isfinite(pixels)
+    low = pixels.min(where=finite, initial=np.inf)
+    high = pixels.max(where=finite, initial=-np.inf)
+    if not low < high:
+        raise ValueError("all pixels have the same value, or none is finite")
+    levels = (np.where(finite, pixels, low) - low) / (high - low) * 255
+    return Image.fromarray(levels.round().astype(np.uint8))
+
+
+def _exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """The turn that makes an image upright; None if EXIF asks for none, or makes no sense."""
+    if image.format == "TIFF":  # Pillow turns it when loading
+        return None
     try:
-        orientation = image.getexif().get(0x0112)
+        return TURNS.get(image.getexif().get(0x0112))
     except Exception:  # a damaged tag; the pixels may be good
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+        return None
 
 
+@_large_photos_allowed()
 def crop_resize(
-    image: Image.Image, box: tuple[float, float, float, float], size: int | tuple[int, int]
+    image: Image.Image, box: tuple[float, float, float, float], size: int
 ) -> Image.Image:
-    """Crop `box` (left, top, right, bottom) and resize it, bicubic, to `size`; returns RGB.
+    """Crop `box` (left, top, right, bottom) and resize it, bicubic, to RGB of (size, size).
 
-    size: a side, or (width, height). A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long
-    as the crop keeps twice the pixels wanted each way, which is faster and hardly differs. `image`
-    keeps its size, so that another view can be taken from it. An EXIF rotation comes last, where it
-    is cheapest: `box` is in the file's frame, and `size` is the size of the upright result.
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as the crop keeps twice the
+    pixels wanted each way, which is faster and hardly differs. `image` keeps its size, so that
+    another view can be taken from it. An EXIF rotation comes last, where it is cheapest: `box` is
+    in the frame of the file.
     """
-    width, height = (size, size) if isinstance(size, int) else size
-    orientation = exif_orientation(image)
-    if orientation >= 5:  # lies on its side
-        width, height = height, width
-    scale = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / 2
+    turn = _exif_turn(image)
+    scale = min(box[2] - box[0], box[3] - box[1]) / size / 2
     if scale >= 2 and image.format in ("JPEG", "MPO") and image.filename:
         full_width, image = image.width, Image.open(image.filename)  # `draft` shrinks for good
         if drafted := image.draft(None, [math.ceil(side / scale) for side in image.size]):
             box = tuple(edge * drafted[1][2] / full_width for edge in box)
-    image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
-    if orientation != 1:
-        image.info = {}  # exif_transpose would write a camera's tags again, and fail at an odd one
-        image.getexif()[0x0112] = orientation
-        image = ImageOps.exif_transpose(image)
-    return image
+    image = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image if turn is None else image.transpose(turn)
 
 
 def random_resized_crop(
@@ -342,8 +286,8 @@ def rand_augment(
 
 
 def random_erasing(
-    images: Tensor, probability: float = 0.25, area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 1 / 0.3), generator: torch.Generator | None = None,
+    images: Tensor, probability: float = 0.25, rng: random.Random | None = None,
+    area: tuple[float, float] = (0.02, 1 / 3), aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Tensor:
     """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
 
@@ -352,30 +296,23 @@ def random_erasing(
     that the noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by the
     pixels as they were before any noise.
 
-    Takes float (B, 3, H, W) on the device of `generator`; returns a copy without waiting for it.
+    Takes float (B, 3, H, W) on any device, without waiting for it; returns a copy. Rectangles come
+    from `rng` (None is seeded by the system), noise from torch's default generator.
     """
-    B, _, H, W = images.shape
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.empty(shape, device=images.device).uniform_(low, high, generator=generator)
-
-    # The first of ten rectangles that fits is taken: redrawing would wait for the device.
-    pixels = H * W * uniform(*area, B, 10)
-    ratio = uniform(math.log(aspect[0]), math.log(aspect[1]), B, 10).exp()
-    height, width = (pixels * ratio).sqrt().round(), (pixels / ratio).sqrt().round()  # (B, 10) each
-    fits = (height < H) & (width < W)
-    first = fits.int().argmax(dim=1, keepdim=True)                                    # (B, 1)
-    height, width = height.gather(1, first), width.gather(1, first)                   # (B, 1) each
-    top = (uniform(0, 1, B, 1) * (H - height + 1)).floor()
-    left = (uniform(0, 1, B, 1) * (W - width + 1)).floor()
-
-    y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
-    in_rows = (y >= top) & (y < top + height)                                         # (B, H)
-    in_columns = (x >= left) & (x < left + width)                                     # (B, W)
-    chosen = fits.gather(1, first) & (uniform(0, 1, B, 1) < probability)              # (B, 1)
-    erased = (in_rows & chosen)[:, None, :, None] & in_columns[:, None, None, :]      # (B, 1, H, W)
-    noise = torch.empty_like(images).normal_(generator=generator)                     # (B, 3, H, W)
-    return torch.where(erased, noise, images)
+    rng = rng or random.Random()
+    images = images.clone()
+    H, W = images.shape[-2:]
+    for image in images:
+        tries = 10 if rng.random() < probability else 0
+        for _ in range(tries):
+            pixels = H * W * rng.uniform(*area)
+            ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+            height, width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+            if height < H and width < W:
+                top, left = rng.randint(0, H - height), rng.randint(0, W - width)
+                image[:, top : top + height, left : left + width].normal_()
+                break
+    return images
 
 
 def mixup_cutmix(
@@ -422,15 +359,31 @@ def seed_from(*parts) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
+# Errors of one file; others, such as EIO or EMFILE, are of the system. Pillow's have no number.
+FILE_ERRORS = {
+    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL,
+}
+
+
+class UnreadableImages(RuntimeError):
+    """Too many images can't be read. The message is one line."""
+
+    def __init__(self, message: str):
+        # A DataLoader raises a worker's exception again, with the whole traceback as its message
+        super().__init__(message.rsplit("UnreadableImages: ", 1)[-1].strip())
+
+
 class Samples(torch.utils.data.Dataset):
     """Sample number `key` = epoch * len(source) + index: (*transform(image, rng), label).
 
     source: an `ImageFolder`, `Shapes`, or `Subset` of one.
     transform: from the opened image and a random.Random of (seed, epoch, index) alone to a tuple.
-    A file that can't be read is replaced by another, the same one in every run; with replace=False
-    by a grey image labelled -1, which evaluation leaves out.
-    broken: bool (len(source),), the files found unreadable so far, in memory that workers share.
-    reported: bool (len(source),), the broken files that the user has been told of.
+
+    A file that can't be read is named on stderr, once in each process, and replaced by another, the
+    same one in every run; with replace=False by a grey image labelled -1, which evaluation leaves
+    out. Raises UnreadableImages if ten in a row can't be read. Errors that are not of the file (of
+    the memory, the disk or `transform`) are raised as they are.
     """
 
     def __init__(
@@ -438,32 +391,45 @@ class Samples(torch.utils.data.Dataset):
         replace: bool = True,
     ):
         self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
-        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()
-        self.reported = self.broken.clone()
+        self.named = set()  # indices of unreadable files
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def state_dict(self) -> dict:
-        return {"broken": self.broken | self.reported}  # `reported` has those of all processes
-
-    def load_state_dict(self, state: dict) -> None:
-        self.broken |= state["broken"]
-
     def __getitem__(self, key: int) -> tuple:
         epoch, wanted = divmod(key, len(self))
         index = wanted
-        for attempt in range(10 if self.replace else 1):
+        for attempt in range(10):
             # With `index` in place of `wanted`, two broken files could replace each other forever.
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
                 image, label = self.source.open(index), int(self.source.labels[index])
                 return *self.transform(image, rng), label
-            except Exception:  # Pillow has a dozen kinds; the training loop counts and stops early
-                self.broken[index] = True
-                index = rng.randrange(len(self))
-        label = int(self.source.labels[wanted]) if self.replace else -1
-        return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), label
+            except Exception as error:  # Pillow has a dozen kinds
+                unreadable = self._name_unreadable(index, error)
+            if not self.replace:
+                return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), -1
+            index = rng.randrange(len(self))
+        raise UnreadableImages(f"ten images in a row can't be read, the last one {unreadable}")
+
+    def _name_unreadable(self, index: int, error: Exception) -> str:
+        """The file's name and what is wrong with it. Raises `error` if it is not of the file."""
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_ERRORS:
+            raise error
+        name = self.source.name(index)
+        reason = f"{type(error).__name__}: {error}".replace(repr(name), "")
+        unreadable = f"{name!r} ({' '.join(reason.split()).rstrip(' :')})"
+        if index not in self.named:
+            try:
+                image = self.source.open(index)
+                crop_resize(image, (0, 0, *image.size), 1)
+            except Exception:
+                instead = "another image takes its place" if self.replace else "it is left out"
+                print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr)
+                self.named.add(index)
+            else:
+                raise error  # the file is good, so it is `transform` that failed
+        return unreadable
 
 
 class Batches(torch.utils.data.Sampler):
@@ -496,3 +462,106 @@ class Batches(torch.utils.data.Sampler):
             for batch in keys.split(self.batch_size)[done : self.steps_per_epoch]:
                 for part in batch.chunk(self.accum_steps):
                     yield part[self.rank :: self.world_size].tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Built-in images
+
+
+def _arc(start: float, stop: float, radius: float = 1.0, centre: complex = 0.0) -> np.ndarray:
+    """48 points of a circle, from one angle to another in turns; complex (48,)."""
+    return centre + radius * np.exp(2j * np.pi * np.linspace(start, stop, 48))
+
+
+def _regular(corners: int) -> np.ndarray:
+    """The corners of a regular polygon in the unit circle; complex (corners,)."""
+    return np.exp(2j * np.pi * np.arange(corners) / corners)
+
+
+# Outlines are complex points x + iy in the unit circle: one complex product scales and turns them.
+OUTLINES = {
+    "circle": _arc(0, 1),
+    "ring": np.r_[_arc(0, 1), _arc(1, 0, radius=0.55)],  # out and back, along a seam of no width
+    "square": _regular(4),
+    "triangle": _regular(3),
+    "star": _regular(10) * np.tile([1, 0.42], 5),
+    "cross": np.outer(_regular(4), [0.94 - 0.3j, 0.94 + 0.3j, 0.3 + 0.3j]).ravel(),
+    "heart": -np.r_[1, _arc(1/8, 5/8, 0.555, -0.19 + 0.4j), _arc(3/8, 7/8, 0.555, -0.19 - 0.4j)],
+    "moon": np.r_[_arc(0.14, 0.86), _arc(0.79, 0.21, radius=0.8, centre=0.43)],
+    "arrow": np.r_[1, 0.1 + 0.8j, 0.1 + 0.3j, -0.95 + 0.3j, -0.95 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j],
+    "drop": np.r_[1, _arc(0.176, 0.824, radius=0.62, centre=-0.38)],
+    "dome": _arc(-0.25, 0.25),
+    "corner": np.r_[-0.6 - 0.8j, 0.6 - 0.8j, 0.6 - 0.3j, -0.1 - 0.3j, -0.1 + 0.8j, -0.6 + 0.8j],
+}
+SHAPES = tuple(OUTLINES)
+
+
+def _ramp(rng: random.Random, x: np.ndarray, y: np.ndarray, light: float, hue: float) -> np.ndarray:
+    """A colour of this lightness and hue (in turns) that grows darker downwards, at a slight angle.
+
+    x is (1, W) and y is (H, 1), both -1 .. 1; returns float32 (H, W, 3) within 0 .. 1. The slope is
+    steep enough to show within an eighth of the image.
+    """
+    angle = rng.uniform(-0.35, 0.35)
+    sin, cos = math.sin(angle), math.cos(angle)
+    along = (x * sin + y * cos) / (abs(sin) + cos)    # (H, W)
+    middle = [light + 0.16 * math.cos(2 * math.pi * (hue + channel / 3)) for channel in range(3)]
+    swing = [rng.uniform(0.1, 0.14) for _ in range(3)]
+    return np.float32(middle) - along[..., None] * np.float32(swing)
+
+
+class Shapes:
+    """Images of one big shape each: a drawn dataset with nothing to download.
+
+    Image i is drawn from the number start + i alone, so ranges of numbers without overlap make
+    training and test sets. The class is the shape; colour, place, size and angle do not tell it.
+
+    The hidden part of an image can be inferred from the rest, as pretraining requires. There is no
+    noise, no small detail and no flat colour (a patch without slope, once normalised, is nothing
+    but rounding error). A shape is lighter than its background. The light comes from above, so a
+    mirrored image is as likely as the image.
+    """
+
+    classes = SHAPES
+
+    def __init__(self, length: int, size: int = 64, start: int = 0):
+        self.size, self.numbers = size, range(start, start + length)
+        self.labels = np.array(self.numbers) % len(SHAPES)
+        self.fingerprint = f"{length} shapes of {size} pixels, from number {start}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return f"shape {self.numbers[index]}"
+
+    def open(self, index: int) -> Image.Image:
+        """Draw image `index`: RGB, size x size pixels. Raises IndexError outside the dataset."""
+        size, number = self.size, self.numbers[index]
+        rng = random.Random(f"shapes {number}")
+
+        # Lengths are in a frame of -1 .. 1 across the image. The shape keeps clear of its edges.
+        radius = rng.uniform(0.56, 0.84)
+        x, y = rng.uniform(-1, 1) * (0.95 - radius), rng.uniform(-1, 1) * (0.95 - radius)
+        angle = rng.uniform(-0.4, 0.4) - math.pi / 2  # outlines point along x; upright is -y
+        turned = radius * complex(math.cos(angle), math.sin(angle))
+        outline = OUTLINES[SHAPES[number % len(SHAPES)]] * turned + complex(x, y)
+
+        # Drawn at four times the size and reduced, the edges come out smooth.
+        canvas = Image.new("L", (4 * size, 4 * size))
+        corners = (outline + 1 + 1j) * 2 * size
+        ImageDraw.Draw(canvas).polygon(corners.view(float).tolist(), fill=255)
+        mask = canvas.reduce(4)
+        shadow = Image.new("L", (size, size))
+        shadow.paste(mask, (0, round(size / 16)))
+        shadow = shadow.filter(ImageFilter.BoxBlur(size / 24))
+
+        # Hues differ as well as lightness, so that the outline shows all the way round.
+        hue = rng.random()
+        axis = np.linspace(-1, 1, size, dtype=np.float32)
+        u, v = axis[None, :], axis[:, None]  # (1, W) and (H, 1)
+        image = _ramp(rng, u, v, 0.34, hue)
+        fill = _ramp(rng, (u - x) / radius, (v - y) / radius, 0.66, hue + rng.uniform(0.35, 0.65))
+        image *= 1 - np.asarray(shadow)[..., None] * np.float32(0.5 / 255)
+        image += (fill - image) * (np.asarray(mask)[..., None] * np.float32(1 / 255))
+        return Image.fromarray((image * 255 + 0.5).astype(np.uint8))

@@ -210,7 +210,8 @@ def main(args: argparse.Namespace) -> None:
         optimizer = torch.optim.AdamW(groups, betas=args.betas, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
     meter = Meter(run, "loss")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, samples=samples)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
+    args.images = source.fingerprint
     if args.model_ema:
         parts["average"] = copy.deepcopy(model).requires_grad_(False)
     average = parts.get("average")
@@ -234,9 +235,8 @@ def main(args: argparse.Namespace) -> None:
         for part in range(args.accum_steps):
             images, labels = next(batches)              # uint8 (b, 3, H, W), int64 (b,)
             images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
-            if args.erasing:
-                images = data.random_erasing(images, args.erasing)
             rng = random.Random(f"{args.seed} mix {step} {part} {run.rank}")
+            images = data.random_erasing(images, args.erasing, rng)
             images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
                 images, labels, num_classes, args.mixup, args.cutmix, args.smoothing, rng)
             network.require_backward_grad_sync = part == args.accum_steps - 1  # when DDP averages
@@ -262,14 +262,13 @@ def main(args: argparse.Namespace) -> None:
         if done % args.log_every == 0:
             bar.set_postfix(meter.look(), lr=lr, refresh=False)
             run.check_scale(scaler)
-            run.report_broken(samples)
         epoch, rest = divmod(done, steps_per_epoch)
         if rest == 0:
             run.check_weights(model, done)
             values = meter.means() | run.speed(done) | dict(lr=lr)
             if done == total_steps or epoch % args.eval_every == 0:
                 values |= evaluate_and_keep_the_best(model, average, val, run)
-            run.log_epoch(done, epoch, values, samples)
+            run.log_epoch(done, epoch, values)
             meter.reset()
         stop = run.stop_asked()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
@@ -284,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
 
 # A resumed run must not change these settings.
 FIXED = ("data", "init", "teacher", "scratch", "linear", "depth", "model", "img_size", "patch_size",
-         "labels_per_class", "seed")
+         "labels_per_class", "seed", "images")
 
 
 def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
@@ -339,10 +338,14 @@ def eval_batches(samples: data.Samples, run: Run) -> Iterator[tuple[Tensor, Tens
     run.join()
     mine = range(run.rank, len(samples), run.world_size)
     loader = run.loader(samples, torch.utils.data.BatchSampler(mine, 128, drop_last=False))
+    found = torch.zeros((), dtype=torch.int64, device=run.device)
     for images, labels in tqdm(loader, leave=False, disable=None if run.is_main else True):
         readable = labels >= 0
+        found += readable.sum().to(run.device)
         yield images if readable.all() else images[readable], labels[readable]
-    if run.report_broken(samples, most=1.0) == len(samples):
+    if run.world_size > 1:
+        torch.distributed.all_reduce(found)
+    if not found:
         fail(f"no image could be read of {len(samples)}, for example {samples.source.name(0)!r}",
              code=1)
 

@@ -172,7 +172,8 @@ def main(args: argparse.Namespace) -> None:
         return benchmark(model, optimizer, scaler, samples, run)
 
     meter = Meter(run, "pixel_loss", "feature_loss")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter, samples=samples)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
+    args.images = source.fingerprint
     start = run.resume(parts, FIXED, steps_per_epoch)
     run.begin(start, total_steps, f"{args.recipe}: {len(source)} images")
     network = run.wrap(model)
@@ -211,7 +212,6 @@ def main(args: argparse.Namespace) -> None:
         if done == 1 or done % args.log_every == 0:
             losses = meter.look()
             run.check_scale(scaler)
-            run.report_broken(samples)
             bar.set_postfix(losses, lr=lr, refresh=False)
             if done == 1:
                 run.print_values("first step", losses)
@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
                 picture, quality = draw_reconstructions(model, gallery, run)
                 run.save_picture(picture, f"epoch_{epoch + 1:04d}.png")
                 values |= quality
-            run.log_epoch(done, epoch + 1, values, samples)
+            run.log_epoch(done, epoch + 1, values)
             meter.reset()
         stop = run.stop_asked()
         if stop or done == total_steps or epoch_ends and (epoch + 1) % args.save_every == 0:
@@ -238,7 +238,8 @@ def main(args: argparse.Namespace) -> None:
 
 # Settings that a resumed run must not change
 FIXED = ("data", "num_images", "init", "model", "img_size", "patch_size", "decoder_dim",
-         "decoder_depth", "mask", "mask_ratio", "inject", "feature_target", "weighted_loss", "seed")
+         "decoder_depth", "mask", "mask_ratio", "inject", "feature_target", "weighted_loss", "seed",
+         "images")
 
 
 def open_images(args: argparse.Namespace):
@@ -667,11 +668,11 @@ class Run:
             return 0
         with one_line_errors():
             checkpoint = read_file(path)
-        keys = {"config", "step", "steps_per_epoch", "log", "model", "optimizer", "samples"}
+        keys = {"config", "step", "steps_per_epoch", "log", "model", "optimizer"}
         instead = "another --out leaves it alone, --fresh replaces it"
         if not keys <= checkpoint.keys():
             fail(f"{path} is no checkpoint of a run; {instead}")
-        self._check_unchanged(path, checkpoint, len(parts["samples"]), fixed, steps_per_epoch)
+        self._check_unchanged(path, checkpoint, fixed, steps_per_epoch)
         try:
             for name, part in parts.items():
                 state = checkpoint.get(name)
@@ -690,16 +691,14 @@ class Run:
         self.print(f"going on from {path}, epoch {epochs}, step {step}")
         return step
 
-    def _check_unchanged(self, path, checkpoint, images, fixed, steps_per_epoch) -> None:
+    def _check_unchanged(self, path, checkpoint, fixed, steps_per_epoch) -> None:
         """End the run if the data or a setting in `fixed` has changed; print which others have."""
         was, now = checkpoint["config"], self.config
         changed = [name for name in now if was.get(name) != now[name]]
         differs = [f"--{name} {was.get(name)}" for name in changed if name in fixed]
         if "classes" in changed:
             differs.append("other classes")
-        if (before := len(checkpoint["samples"]["broken"])) != images:
-            differs.append(f"{before} images, not {images}")
-        elif (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
+        if (steps := checkpoint["steps_per_epoch"]) != steps_per_epoch:
             differs.append(f"another --batch_size ({steps} steps an epoch, not {steps_per_epoch})")
         if differs:
             fail(f"{path} was trained with {', '.join(differs)}: give the same, or another --out, "
@@ -788,30 +787,13 @@ class Run:
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
             fail(f"weights are no longer finite at step {step}; {self.kept}. {self.cure}", code=1)
 
-    def report_broken(self, samples: data.Samples, most: float = 0.01) -> int:
-        """Name each unreadable file once, and count them. Above a share of `most`, the run ends."""
-        known = samples.broken.clone()
-        if self.world_size > 1:
-            dist.all_reduce(known.view(torch.uint8), dist.ReduceOp.MAX)
-        if self.is_main:
-            for index in np.flatnonzero(known & ~samples.reported):
-                tqdm.write(f"warning: can't read {samples.source.name(index)!r}", file=sys.stderr)
-        samples.reported |= known
-        broken = np.flatnonzero(known)
-        if len(broken) > most * len(samples):
-            examples = ", ".join(repr(samples.source.name(index)) for index in broken[:3])
-            fail(f"{len(broken)} of {len(samples)} images can't be read, more than {100 * most:g} "
-                 f"%, for example {examples}", code=1)
-        return len(broken)
-
     def speed(self, done: int) -> dict[str, float]:
         """Images a second since the last line of the log; call it before anything but training."""
         images = (done - self.began_step) * self.args.batch_size
         return dict(images_per_s=images / (time.time() - self.began))
 
-    def log_epoch(self, done: int, epoch: int, values: dict, samples: data.Samples) -> None:
+    def log_epoch(self, done: int, epoch: int, values: dict) -> None:
         """Add a line to the log, print it, and start the clock of the next epoch."""
-        values = values | dict(broken=self.report_broken(samples))
         self.log.append(dict(epoch=epoch) | values)
         self.print_values(f"epoch {epoch}", values)
         self.save_log()
@@ -951,6 +933,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: in training, --accum_steps {2 * args.accum_steps} halves the "
              "images held at a time", code=1, everywhere=True)
+    except data.UnreadableImages as error:
+        fail(str(error), code=1)
     except Exception as error:
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             if "by peer" in str(error):  # its own message, or torchrun's, says why
