@@ -499,7 +499,7 @@ class BootMAE(nn.Module):
 
 def load_vit(
     path: str, img_size: int | tuple[int, int] | None = None, num_classes: int | None = None,
-    drop_path: float = 0.0, teacher: bool = False,
+    drop_path: float = 0.0, teacher: bool = False, num_heads=None, pixels="signed",
     report: Callable[[str], None] = lambda line: None,
 ) -> ViT:
     """A ViT of the sizes found in a file of weights, in evaluation mode.

@@ -1294,7 +1294,8 @@ def result(out):
     state = {key: checkpoint[key] for key in ("model", "optimizer", "step")}
     for name in "encoder.pt", "best.pt":
         if (out / name).exists():
-            state[name] = load(out / name)
+            weights = load(out / name)
+            state[name] = weights.get("model", weights)
     return state, log
 
 
@@ -1353,7 +1354,7 @@ def test_schedules():
     args = train.parse_args(["--recipe", "imagenet"])
     for epoch in (0, 1, 20, 39, 40, 77, 100, 199, 200, 399, 400, 799):
         # 1,281,167 images in batches of 4096: 312 steps an epoch
-        lr, feature_weight, momentum = train.schedules(312 * epoch, 312 * 800, epoch, args)
+        lr, feature_weight, momentum = train.schedules(312 * epoch, 312 * 800, args)
         fall = (1 + math.cos(math.pi * (epoch - 40) / 760)) / 2
         expected = 2.4e-3 * epoch / 40 if epoch < 40 else 1e-4 + 2.3e-3 * fall
         assert lr == pytest.approx(expected, abs=1e-12)
@@ -1362,15 +1363,17 @@ def test_schedules():
         assert 1 - momentum == pytest.approx(1e-3 - 9e-4 * early - 9e-5 * late)
     assert train.parse_args(["--recipe", "imagenet_large"]).momentum[2] == 0.9999
     args = train.parse_args(["--recipe", "imagenet", "--batch_size", "64"])
-    rates = [train.schedules(step, 100, 0, args)[0] for step in (5, 50, 100)]
+    rates = [train.schedules(step, 100, args)[0] for step in (5, 50, 100)]
     assert rates == [1.5e-4 / 4] * 3  # a peak below --min_lr stays
 
 
 def test_a_short_run_has_a_faster_teacher():
-    """It averages over at most 1/240, 1/24 and 1/2.4 of the steps: at 0, 1/8 and 1/2 of them."""
-    args = train.parse_args(["--recipe", "imagenet"])
-    momenta = [train.schedules(step, 2400, 0, args)[2] for step in (0, 150, 300, 750, 1200, 2399)]
+    """It averages over the published shares of the steps. Values that are given stay."""
+    args, steps = train.parse_args(["--recipe", "imagenet"]), (0, 156, 312, 780, 1248, 2495)
+    momenta = [train.schedules(step, 2496, args)[2] for step in steps]
     assert momenta == pytest.approx([0.9, 0.945, 0.99, 0.9945, 0.999, 0.999])
+    args = train.parse_args(["--recipe", "photos", "--momentum", "1", "1", "1"])
+    assert [train.schedules(step, 2496, args)[2] for step in steps] == [1] * 6
 
 
 def test_a_run_writes_what_it_promises(unbroken):
@@ -1405,7 +1408,8 @@ def test_curves_leave_out_what_is_missing_or_not_finite():
 
 def test_pretraining_from_a_file_starts_encoder_and_teacher(unbroken, capsys):
     flags = [*TRAIN, "--init", unbroken / "encoder.pt"]
-    model = train.build_model(train.parse_args(list(map(str, flags))), print)
+    args = train.parse_args(list(map(str, flags)))
+    model = train.build_model(args, train.Run(args))
     assert "left out: nothing; new: nothing" in capsys.readouterr().out
     for part in model.encoder, model.teacher:
         assert_same(part.state_dict(), load(unbroken / "encoder.pt"))
@@ -1460,7 +1464,7 @@ def test_processes_must_share_the_output_folder(unbroken, tmp_path):
         train.launch(train.main, train.parse_args())""")
     process = launch(tmp_path / "start.py", *TRAIN, "--out", tmp_path, processes=2)
     _, err = process.communicate(timeout=60)
-    assert process.returncode and "different steps [0, 18]" in err
+    assert process.returncode and "disagree on steps done and images: [(0," in err
 
 
 def test_a_finished_run_stays_finished(finished, monkeypatch, capsys):
@@ -1480,12 +1484,9 @@ def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
     assert "without --fresh" in said and not (finished / "checkpoint.pt").exists()
 
 
-def test_settings_that_may_change_are_those_of_the_new_call(finished, capsys):
+def test_settings_that_may_change_are_those_of_the_new_call(finished):
     changed = ["--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6]
     call(train, *TRAIN, "--out", finished, *changed)
-    said = re.search("^changed:.*", capsys.readouterr().out, re.MULTILINE)[0]
-    assert "--epochs 4 (was 3)" in said and "--amp fp16 (was off)" in said
-    assert said.count(" (was ") == 5  # and --out
     checkpoint = load(finished / "checkpoint.pt")
     groups = checkpoint["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
@@ -1496,15 +1497,16 @@ def test_settings_that_may_change_are_those_of_the_new_call(finished, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("--decoder_dim 32 --inject 0 0", ["--decoder_dim 64", "--inject (1, -1)"]),
     ("--seed 1 --mask block", ["--seed 0", "--mask random"]),
-    ("--weighted_loss 0", ["--weighted_loss 1"]), ("--batch_size 16", ["6 steps an epoch"]),
+    ("--weighted_loss 0", ["--weighted_loss 1"]),
+    ("--batch_size 16", ["--batch_size 8 (now 16)"]),
 ], ids=str)
 def test_a_checkpoint_of_another_run_is_refused(finished, capsys, flags, words):
     line = refused(capsys, train, *TRAIN, "--out", finished, *flags.split())
     assert all(word in line for word in words)
 
 
-@pytest.mark.parametrize("damage", ["cut", "zero", "noise", "code", "config", "tensors",
-                                    "model", "optimizer", "samples"])
+@pytest.mark.parametrize("damage", ["cut", "zero", "noise", "code", "settings", "tensors",
+                                    "model", "optimizer", "step"])
 def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, damage):
     path, flag = finished / "checkpoint.pt", finished / "it_ran"
     whole, checkpoint = path.read_bytes(), load(path)
@@ -1547,46 +1549,48 @@ def test_weights_that_are_not_finite_are_never_saved(finished, capsys):
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
-def test_losses_that_are_never_finite_end_the_run_at_the_next_look():
-    meter = train.Meter(train.Run(train.parse_args([])), "loss")
-    meter.add(torch.tensor(2.0))
+def test_losses_that_are_never_finite_end_the_run():
+    """In fp16 the scaler decides: a loss there may overflow once, and no step is taken."""
+    run = train.Run(train.parse_args([]))
+    meter, scaler = train.Meter(run, "loss"), torch.amp.GradScaler("cpu", enabled=False)
+    for value in 2.0, math.nan, math.inf:
+        meter.add(torch.tensor(value))
+    assert meter.means() == {"loss": 2.0}
+    meter.reset()
     meter.add(torch.tensor(math.nan))
-    assert meter.look() == {"loss": 2.0}
-    meter.add(torch.tensor(3.0))
-    meter.means()  # at the end of an epoch, which is no look
-    meter.reset()
-    meter.add(torch.tensor(math.inf))
-    assert math.isnan(meter.look()["loss"])
-    meter.means()
-    meter.reset()
-    meter.add(torch.tensor(math.inf))
+    run.check_finite(small_vit(), torch.amp.GradScaler("cpu"), meter.means())
     with pytest.raises(SystemExit, match="1"):
-        meter.look()
+        run.check_finite(small_vit(), scaler, meter.means())
 
 
-def test_broken_images_are_named_once_and_counted_and_end_the_run_above_1_in_100(tmp_path, capsys):
-    folder = shapes_folder(tmp_path / "images", 120)
-    flags = [*TINY, "--data", folder, "--batch_size", 40, "--epochs", 2, "--out"]
+def test_unreadable_images_are_named_and_a_run_of_them_ends_the_run(tmp_path, capsys):
+    folder = shapes_folder(tmp_path / "images", 40)
+    flags = [*TINY, "--data", folder, "--epochs", 2, "--out"]
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:300])
     call(train, *flags, tmp_path / "a")
-    assert capsys.readouterr().err.count("007.png") == 1
-    assert [line["broken"] for line in read_log(tmp_path / "a")] == [1, 1]
-    (folder / "011.png").write_text("not an image")
-    line = refused(capsys, train, *flags, tmp_path / "b", code=1)
-    assert "2 of 120 images can't be read" in line
+    said = capsys.readouterr().err
+    assert said.count("007.png") == 1 and "truncated" in said
+    for path in folder.glob("*.png"):
+        path.write_text("not an image")
+    with pytest.raises(data.UnreadableImages, match="ten images in a row"):
+        call(train, *flags, tmp_path / "b")
+    failed = launch("train.py", *flags, tmp_path / "b", "--workers", 1)
+    _, err = failed.communicate(timeout=60)
+    assert failed.returncode == 1 and "Traceback" not in err
+    assert "\ntrain.py: ten images in a row can't be read" in err
 
 
-def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
-    """Even if there are as many, or no more steps; the same folder by another path is no other."""
-    a, b = shapes_folder(tmp_path / "a", 8), shapes_folder(tmp_path / "b", 8)
+def test_moved_images_go_on_and_other_images_are_refused(tmp_path, capsys):
+    """Even if there are as many: what is compared is their names, not the path of the folder."""
+    a, b = shapes_folder(tmp_path / "a", 8), tmp_path / "b"
     flags = [*TINY, "--out", tmp_path / "out", "--data"]
     call(train, *flags, a, "--epochs", 1)
-    assert "--data" in refused(capsys, train, *flags, b)
-    monkeypatch.chdir(b)
-    call(train, *flags, "../a", "--epochs", 2)
+    a.rename(b)
+    call(train, *flags, b, "--epochs", 2)
     assert "going on from" in capsys.readouterr().out
-    shutil.copy(a / "000.png", a / "grown.png")
-    assert "8 images" in refused(capsys, train, *flags, a)
+    (b / "000.png").rename(b / "other.png")
+    line = refused(capsys, train, *flags, b)
+    assert line.count("8 images of 0 classes") == 2
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1601,7 +1605,7 @@ def test_other_images_are_refused_on_resume(tmp_path, capsys, monkeypatch):
     ("--batch_size 64", "--batch_size 64"), ("--recipe imagenet", "--recipe photos, which suits"),
     ("--workers -1", "--workers: -1 must be"), ("--base_lr inf", "--base_lr: inf must be"),
     ("--device cuda", "--device cuda"), ("--out /proc/nothing", "--out /proc/nothing"),
-    ("--data=", "--data is empty"), ("--init=", "--init is empty"), ("--out=", "--out is empty"),
+    ("--data=", "--data: is empty"), ("--init=", "--init: is empty"), ("--out=", "--out: is empty"),
 ])
 def test_bad_calls(tmp_path, capsys, flags, words):
     assert words in refused(capsys, train, *TRAIN, "--out", tmp_path / "out", *flags.split())
@@ -1754,7 +1758,7 @@ def test_linear_probe_trains_the_head_alone():
     ("--init theirs_alone.pth --teacher", "no model_ema"),
     ("--init encoder.pt --patch_size 8", "--patch_size"),
     ("--init encoder.pt --eval", "is no classifier"),
-    ("--scratch --predict=", "--predict is empty"), ("--scratch --init x", "--init: not allowed"),
+    ("--scratch --predict=", "--predict: is empty"), ("--scratch --init x", "--init: not allowed"),
     ("--scratch --batch_size 64", "--batch_size"), ("--scratch --knn --depth 9", "--depth 9"),
     ("--scratch --knn --linear", "--linear: not allowed"),
     ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
@@ -1788,13 +1792,10 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_says_what_may_be_a_slip(unbroken, tmp_path, capsys):
-    """A class without validation images, and an encoder that was trained with another recipe."""
+def test_a_class_without_validation_images_is_named(tmp_path, capsys):
     folder = class_folders(tmp_path / "a", train="cat dog", val="cat")
-    flags = ["--init", unbroken / "encoder.pt", "--data", folder, "--out", tmp_path / "out"]
-    call(finetune, *FOLDERS, *flags, "--recipe", "photos")
-    said = capsys.readouterr().out
-    assert "no validation image of: 'dog'" in said and "--recipe shapes, this is photos" in said
+    call(finetune, *FOLDERS, "--scratch", "--data", folder, "--out", tmp_path / "out")
+    assert "no validation image of: 'dog'" in capsys.readouterr().out
 
 
 def test_classes_with_other_names_are_refused(tmp_path, capsys):
@@ -1804,8 +1805,8 @@ def test_classes_with_other_names_are_refused(tmp_path, capsys):
     call(finetune, *flags)
     for name in "train", "val":
         (folder / name / "cat").rename(folder / name / "eel")
-    assert "other classes" in refused(capsys, finetune, *flags, "--epochs", 2)
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
+    assert "--images 6 images of 2 classes" in refused(capsys, finetune, *flags, "--epochs", 2)
+    assert load(tmp_path / "out" / "best.pt")["classes"] == ["cat", "dog"]
 
 
 def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_path, capsys):
@@ -1819,8 +1820,6 @@ def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_
     assert "a head for 2 classes, and --data has 12" in refused(capsys, finetune, *flags)
     flags += ["--data", class_folders(tmp_path / "c", val="ape bee")]
     assert "lacks: ape bee" in refused(capsys, finetune, *flags)
-    (run / "classes.json").write_text("[")
-    assert "classes.json is damaged" in refused(capsys, finetune, *flags)
 
 
 @pytest.mark.parametrize("mode", ["finetune", "knn", "predict"])
@@ -1836,44 +1835,32 @@ def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mod
 
 def test_labels_per_class_is_a_fixed_subset():
     args = finetune.parse_args(["--scratch", *map(str, TUNE)])
-    train_set, val_set = finetune.open_images(args)
+    run = train.Run(args)
+    train_set, val_set = finetune.open_images(args, run)
     assert sorted(train_set.labels) == sorted(list(range(12)) * 4)
     names = {train_set.name(i) for i in range(48)}
     assert not names & {val_set.name(i) for i in range(60)}
-    assert np.array_equal(train_set.indices, finetune.open_images(args)[0].indices)
+    assert np.array_equal(train_set.indices, finetune.open_images(args, run)[0].indices)
     args.seed = 1
-    assert not np.array_equal(train_set.indices, finetune.open_images(args)[0].indices)
-
-
-def test_a_recipes_batch_shrinks_to_the_data():
-    def fit(images, *flags):
-        run = train.Run(finetune.parse_args(["--scratch", "--recipe", "cifar10", *flags]))
-        finetune.fit_batch(images, run)
-        return run.args.batch_size, run.args.lr
-
-    assert fit(2048) == (512, 1e-3)
-    assert fit(2000) == (250, pytest.approx(1e-3 * 250 / 512))  # else it had three steps an epoch
-    assert fit(2000, "--batch_size", "512") == (512, 1e-3)
-    # An eighth is 9, and 8 can be cut into two.
-    assert fit(72, "--accum_steps", "2", "--lr", "0.1") == (8, 0.1)
-    with pytest.raises(ValueError, match="--batch_size 512 is more than the 72"):
-        fit(72, "--batch_size", "512")
-    with pytest.raises(ValueError, match="6 training images are too few"):
-        fit(6, "--accum_steps", "7")
+    assert not np.array_equal(train_set.indices, finetune.open_images(args, run)[0].indices)
 
 
 def test_fine_tuning_writes_what_it_promises(tuned):
     log = read_log(tuned)
     assert [line["epoch"] for line in log] == [1, 2, 3]
     assert {"loss", "lr", "top1", "top5", "top1_ema", "top5_ema"} <= log[0].keys()
-    small_vit(num_classes=12).load_state_dict(load(tuned / "best.pt"), strict=True)
+    best = load(tuned / "best.pt")
+    small_vit(num_classes=12).load_state_dict(best.pop("model"), strict=True)
+    about = dict(classes=data.SHAPES, img_size=32, crop_ratio=1.0, num_heads=4)
+    assert best == about
     assert Image.open(tuned / "predictions.png").size == (8 * 152, 4 * 188)
 
 
 def test_another_start_is_another_run(tuned, unbroken, tmp_path, capsys):
     """Else a finished run's figures would be taken for those of the new weights or seed."""
     flags = ["--out", tuned, *TUNE, *AUGMENTED]
-    shutil.copy(unbroken / "encoder.pt", tmp_path / "encoder.pt")
+    weights = load(unbroken / "encoder.pt")
+    torch.save(weights | {"cls_token": 2 * weights["cls_token"]}, tmp_path / "encoder.pt")
     assert "--init" in refused(capsys, finetune, "--init", tmp_path / "encoder.pt", *flags)
     flags += ["--init", unbroken / "encoder.pt", "--seed", 1]
     assert "--seed 0" in refused(capsys, finetune, *flags)
@@ -1894,22 +1881,13 @@ def test_weight_decay_and_average_may_change_from_call_to_call(unbroken, tmp_pat
     assert ["top1_ema" in line for line in read_log(tmp_path)] == [False, True, True]
 
 
-def test_processes_share_the_statistics_of_the_probe():
-    norm, other = torch.nn.BatchNorm1d(3), {1.0: 4.0, 0.0: 2.0}
-    run = SimpleNamespace(world_size=2, all_reduce_sum=lambda x: x + other[x[0].item()])
-    finetune.average_statistics(norm, run)
-    assert norm.running_mean.tolist() == [1.0] * 3 and norm.running_var.tolist() == [2.5] * 3
-
-
 def test_linear_probe_learns_and_resumes(unbroken, tmp_path, capsys):
     flags = ["--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE]
     flags += ["--linear", "--warmup_epochs", 0, "--base_lr", 50]
     call(finetune, *flags)
-    share = finetune.average_statistics
-    with patch.object(finetune, "average_statistics", wraps=share) as average:
-        call(finetune, *flags, "--epochs", 4)
+    call(finetune, *flags, "--epochs", 4)
     log = read_log(tmp_path)
-    assert average.call_count == 6 and len(log) == 4  # once a step
+    assert len(log) == 4
     assert "going on" in capsys.readouterr().out and log[2]["loss"] < log[0]["loss"]
 
 
@@ -1926,6 +1904,7 @@ def test_weights_that_are_not_finite_never_become_the_best(unbroken, tmp_path, c
 def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
     """The average is worse in epoch 1 and better in epoch 2; both are worse again in epoch 3."""
     run = train.Run(finetune.parse_args(["--scratch", "--out", str(tmp_path)]))
+    run.args.sizes = dict(num_heads=1)
     model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     scores = iter([(50, 40), (45, 60), (55, 59)])
     monkeypatch.setattr(finetune, "evaluate",
@@ -1935,7 +1914,7 @@ def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
     val = data.Samples(data.Shapes(12, 16), None)
     for expected in first, second, second:
         run.log.append(finetune.evaluate_and_keep_the_best(model, average, val, run))
-        assert load(tmp_path / "best.pt")["weight"].item() == expected
+        assert load(tmp_path / "best.pt")["model"]["weight"].item() == expected
         shaken(model)
         if expected == second:  # were it saved again, it would be with other weights
             shaken(average)
@@ -1982,24 +1961,21 @@ def test_neighbours_of_a_random_network_see_no_drop_path(capsys):
     assert one == two
 
 
-def test_text_of_a_tile_has_no_accents_and_ends_before_the_next_tile():
-    """Pillow's own font has none, and would draw boxes. A line break is left out as well."""
+def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    names = "Müller é", "Mu\u0308ller\n e\u0301", "Muller e", "W" * 30
-    a, b, c, long = (finetune.contact_sheet([(image, [name], "black")]) for name in names)
-    assert a == b == c and (np.asarray(long)[:, 156:] == 255).all()
+    names = "a b", "a\n b", "W" * 30
+    a, b, long = (finetune.contact_sheet([(image, [name], "black")]) for name in names)
+    assert a == b and (np.asarray(long)[:, 156:] == 255).all()
 
 
 def test_predictions(tmp_path, capsys):
-    """Classes and crop are those of the files beside the weights."""
+    """Classes and crop are those in the file of the classifier."""
     run, folder, out = tmp_path / "run", tmp_path / "images", tmp_path / "out"
     names = ["ape", "bee", "cat, black", "dog"]
     model = small_vit(num_classes=4).eval()
     model.head.weight.data *= 1000
     run.mkdir()
-    torch.save(model.state_dict(), run / "best.pt")
-    (run / "classes.json").write_text(json.dumps(names))
-    (run / "config.json").write_text(json.dumps({"crop_ratio": 0.5}))
+    torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), run / "best.pt")
     photo = Image.fromarray(NOISE).resize((40, 40), BICUBIC)
     save_at(folder / "gray.png", photo.convert("L"))
     save_at(folder / "sub" / "cmyk.jpg", photo.convert("CMYK"))
@@ -2025,11 +2001,10 @@ def test_predictions(tmp_path, capsys):
         assert [float(value) for value in row[2::2]] == pytest.approx(values.tolist(), abs=2e-3)
     assert Image.open(out / "predictions.png").size == (8 * 152, 188)
 
-    for name in "classes.json", "config.json":
-        (run / name).unlink()
+    torch.save(model.state_dict(), run / "best.pt")  # without names of classes
     call(finetune, "--predict", folder, *flags)
-    said = capsys.readouterr().out
-    assert "classes are numbers" in said and "so --crop_ratio is 1.0" in said
+    with open(out / "predictions.csv", newline="") as file:
+        assert {row[1] for row in list(csv.reader(file))[1:]} <= set("0123")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2082,13 +2057,15 @@ def plain_step(step, optimizer, loss, average, model, momentum):
 
 
 @pytest.mark.parametrize("mask, kind, patches, inject, weighted, momentum", [
-    ("block", block_mask, (4, 4), (1, -1), 1, 0.5), ("random", random_mask, 16, (3, 0), 0, 0.8)])
+    ("block", block_mask, (4, 4), (1, -1), 1, 0.5), ("random", random_mask, 16, (3, 0), 0, None)])
 def test_pretraining_takes_the_steps_of_a_plain_loop(
         tmp_path, mask, kind, patches, inject, weighted, momentum):
     flags = """--recipe shapes --num_images 9 --decoder_dim 32 --decoder_depth 1 --mask_ratio 0.7
                --base_lr 0.64 --feature_ramp 0.5""".split()  # so the peak is 0.01
     flags += ["--mask", mask, "--inject", *inject, "--weighted_loss", weighted]
-    call(train, *LOOP, *flags, "--momentum", 0, 0, momentum, "--out", tmp_path)
+    if momentum:
+        flags += ["--momentum", 0, 0, momentum]
+    call(train, *LOOP, *flags, "--out", tmp_path)
 
     torch.manual_seed(3)
     model = BootMAE(32, 8, **SIZES["nano"], decoder_dim=32, decoder_depth=1, inject=inject,
@@ -2104,10 +2081,10 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(
         out = model(data.scale_pixels(torch.stack(images)), torch.cat(masks))
         loss = out.pixel_loss + min(1, (epoch + 1) / 1.5) * out.feature_loss
         losses.append([out.pixel_loss.item(), out.feature_loss.item()])
-        # 0 until 1/8 of training, then linear until 1/2: to 0.5, or instead of 0.8 to the most
-        # for 6 steps, 1 - 2.4 / 6
+        # 0 until 1/8 of training, then linear until 1/2: to what is given, or to an average over
+        # 100,000 / 249,600 of 6 steps; in so short a run the first two averages are of one step.
         rise = min(1, max(0, step / 6 - 1 / 8) / (3 / 8))
-        momentum_now = rise * min(momentum, 0.6)
+        momentum_now = rise * (momentum or 1 - 2.496 / 6)
         plain_step(step, optimizer, loss, model.teacher, model.encoder, momentum_now)
     assert_same(load(tmp_path / "checkpoint.pt")["model"], model.state_dict())
     assert_same(load(tmp_path / "encoder.pt"), model.encoder.state_dict())
@@ -2277,9 +2254,9 @@ def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
     old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, run._remember)
+            signal.signal(number, run._on_signal)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert run.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == run._remember
+        assert run.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == run._on_signal
         os.kill(os.getpid(), signal.SIGINT)
         assert run.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
