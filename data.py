@@ -26,8 +26,8 @@ from torch import Tensor
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
-def _digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:12]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 @contextlib.contextmanager

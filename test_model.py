@@ -834,9 +834,6 @@ def save_turned(image, path, orientation, **extra):
 RGB, PALETTE = quarters(COLOURS), quarters(COLOURS).quantize(4)
 RGBA = quarters(np.c_[COLOURS, VEIL])
 DEEP = quarters(LEVELS * np.uint16(16))  # 12 of 16 bits in use
-FLOAT = quarters(LEVELS / np.float32(9) - 7)
-for place, value in enumerate([np.nan, np.inf, -np.inf]):
-    FLOAT.putpixel((place, 0), value)
 KINDS = {  # name: image, colours of the quarters, their opacity (what lies below is white)
     "rgb.png": (RGB, COLOURS), "large.jpg": (RGB.resize((1280, 960)), COLOURS),
     "cmyk.jpg": (RGB.convert("CMYK"), COLOURS), "l.jpg": (quarters(LEVELS), LEVELS),
@@ -848,7 +845,7 @@ KINDS = {  # name: image, colours of the quarters, their opacity (what lies belo
     "1.png": (quarters(LEVELS).point(lambda v: 255 * (v > 99), "1"), 255 * (LEVELS > 99)),
     "16.png": (DEEP, LEVELS), "16.pgm": (DEEP, LEVELS), "16.tif": (DEEP, LEVELS),
     "16b.tif": (quarters((LEVELS * np.uint16(16)).astype(">u2")), LEVELS),
-    "16_cut.png": (DEEP, LEVELS), "float.tif": (FLOAT, LEVELS),
+    "16_cut.png": (DEEP, LEVELS), "f.tif": (quarters(LEVELS / np.float32(9) - 7), LEVELS),
     "signed.tif": (quarters((np.int32(LEVELS) - 128) * 2**24), LEVELS),
 }
 
@@ -876,6 +873,12 @@ def test_what_a_tiff_says_of_its_bands(tmp_path, image, was, now, colours):
     (tmp_path / "x.tif").write_bytes(content.replace(*entries))
     out = data.crop_resize(Image.open(tmp_path / "x.tif"), (0, 0, 64, 48), 32)
     assert np.abs(middles(out) - colours.reshape(4, -1)).max() <= 1
+
+
+def test_pixels_that_are_not_finite_become_the_minimum():
+    pixels = np.float32([[3, np.nan, np.inf], [-np.inf, 5, 4]])
+    levels = np.asarray(data.to_rgb(Image.fromarray(pixels)))[..., 0]
+    assert levels.tolist() == [[0, 0, 0], [0, 255, 128]]
 
 
 @pytest.mark.parametrize("pixels", [
