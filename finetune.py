@@ -642,7 +642,8 @@ def build_model(run: Run, num_classes: int | None) -> nn.Module:
         model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=head,
                     drop_path=drop_path)
     else:
-        model = load_vit(args.init, args.img_size, head, drop_path, args.teacher, run.print)
+        model = load_vit(args.init, args.img_size, head, drop_path, args.teacher,
+                         report=run.print)
         args.model, args.patch_size = None, model.patch_size
         args.img_size = model.grid[0] * model.patch_size
         config = read_beside(args.init, "config.json", dict) or {}

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 from masking import block_mask, random_mask
 from model import (
-    SIZES, BootMAE, load_matching, patchify, read_file, read_weights, sizes_of, unpatchify,
+    SIZES, BootMAE, load_vit, patchify, read_file, unpatchify,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -265,13 +265,14 @@ def build_model(args: argparse.Namespace, report: Callable[[str], None]) -> Boot
         decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth, inject=args.inject,
         feature_target=bool(args.feature_target), weighted_loss=bool(args.weighted_loss))
     if args.init:
-        state = read_weights(args.init)
-        sizes = sizes_of(state, args.init)
-        for name, wanted in dict(SIZES[args.model], patch_size=args.patch_size).items():
-            if sizes[name] != wanted:
-                raise ValueError(f"--init {args.init} has {name} {sizes[name]}, and the flags ask "
-                                 f"for {wanted}: choose --model and --patch_size to match")
-        report(load_matching(model.encoder, state, args.init))
+        heads = SIZES[args.model]["num_heads"]
+        vit = load_vit(args.init, args.img_size, num_classes=0, num_heads=heads, report=report)
+        found = vit.cls_token.shape[2], len(vit.blocks), vit.patch_size
+        wanted = model.encoder.cls_token.shape[2], len(model.encoder.blocks), args.patch_size
+        if found != wanted:
+            raise ValueError(f"--init {args.init} has width, depth and patch size {found}, and the "
+                             f"flags ask for {wanted}: choose --model and --patch_size to match")
+        model.encoder.load_state_dict(vit.state_dict())
         if model.teacher is not None:
             model.teacher.load_state_dict(model.encoder.state_dict())
     num_patches = math.prod(model.grid)
