@@ -9,6 +9,7 @@ encoder width D, decoder width d. CLS is always token 0, so an encoder sequence 
 import argparse
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -149,7 +150,7 @@ class Block(nn.Module):
     def drop(self, branch: Tensor) -> Tensor:
         if not self.training or not self.drop_path:
             return branch
-        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)   # (B, 1, 1)
+        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.drop_path)   # (B, 1, 1)
         return branch * keep / (1 - self.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,17 +229,18 @@ class ViT(nn.Module):
         branch_init: float = 1.0, in_chans: int = 3,
     ):
         super().__init__()
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
-        norm, nothing = nn.LayerNorm(embed_dim, eps=1e-6), nn.Identity()
-        self.norm, self.fc_norm = (nothing, norm) if num_classes else (norm, nothing)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nothing
+        # An encoder normalises every token at its end, a classifier only their mean.
+        self.norm = nn.Identity() if num_classes else nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if num_classes else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
         self.apply(init_weights)
         # Xavier branches are as large as the tokens that they are added to: after twelve, most of a
@@ -267,7 +269,7 @@ class ViT(nn.Module):
             patches = patches.take_along_dim(visible[:, :, None], dim=1)      # (B, V, C*p*p)
             pos = pos[0, visible]                                             # (B, V, D)
         x = self.patch_embed(patches) + pos                                   # (B, V, D)
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)                 # (B, 1+V, D)
+        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)          # (B, 1+V, D)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
@@ -297,7 +299,8 @@ class ViT(nn.Module):
             up = lambda: nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2)
             nn.Sequential(up(), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)
 
-        torchvision's MaskRCNN also needs an AnchorGenerator with one size for each map.
+        torchvision's MaskRCNN also needs an AnchorGenerator with one size for each map, and, for
+        patches that do not divide 32, `size_divisible=` (48 for patches of 12).
         Raises ValueError for a block that is not there, or an image size that does not divide.
         """
         grid = patch_grid(images.shape[2:], self.patch_size)
@@ -336,12 +339,12 @@ class Decoder(nn.Module):
 
         The mask tokens are appended to the visible ones: attention knows no order.
         """
-        tokens = self.embed(latent)                              # (B, 1+V, d), know their positions
-        holes = self.mask_token + self.pos_embed[0, 1:][masked]  # (B, M, d), one token, M positions
-        x = torch.cat([tokens, holes], dim=1)                    # (B, 1+N, d)
+        tokens = self.embed(latent)                                    # (B, 1+V, d), with positions
+        mask_tokens = self.mask_token + self.pos_embed[0, 1:][masked]  # (B, M, d), one per position
+        x = torch.cat([tokens, mask_tokens], dim=1)                    # (B, 1+N, d)
         for block in self.blocks:
             x = block(x, context)
-        return self.head(self.norm(x[:, tokens.shape[1]:]))      # (B, M, out_dim)
+        return self.head(self.norm(x[:, tokens.shape[1]:]))            # (B, M, out_dim)
 
 
 def normalize_patches(patches: Tensor, patch_size: int) -> Tensor:
@@ -387,10 +390,10 @@ class Output(NamedTuple):
 class BootMAE(nn.Module):
     """Pretraining: `.encoder`, its EMA copy `.teacher`, decoders `.regressor` and `.predictor`.
 
-    img_size .. num_heads, branch_init, in_chans: as in `ViT`. decoder_dim: the regressor's width; the predictor
-    is embed_dim wide. decoder_num_heads: the encoder's if None. The paper's ablations:
-    inject: the encoder blocks that the regressor and the predictor attend to (the first is 1, the
-    last is -1, 0 is none). feature_target: False leaves out teacher and predictor.
+    img_size .. num_heads, branch_init, in_chans: as in `ViT`. decoder_dim: the regressor's width;
+    the predictor is embed_dim wide. decoder_num_heads: the encoder's if None. Then the paper's
+    ablations. inject: the encoder blocks that the regressor and the predictor attend to (the first
+    is 1, the last is -1, 0 is none). feature_target: False leaves out teacher and predictor.
     weighted_loss: False gives every masked patch weight 1.
     With inject=(0, 0) and both flags False this is MAE with three differences: pixels are
     normalised per channel, the decoder is shallower, and it adds positions to the mask tokens only.
@@ -455,8 +458,8 @@ class BootMAE(nn.Module):
             # Momentum teacher: sees the whole image. `standardize` takes the place of its final
             # norm, without a learned scale that could shrink the target.
             with torch.no_grad():
-                taught, _ = self.teacher.encode(patches)                       # (B, 1+N, D)
-                feature_target = taught[:, 1:].take_along_dim(index, dim=1)    # (B, M, D)
+                teacher_tokens, _ = self.teacher.encode(patches)               # (B, 1+N, D)
+                feature_target = teacher_tokens[:, 1:].take_along_dim(index, dim=1)  # (B, M, D)
             error = standardize(features) - standardize(feature_target)        # (B, M, D)
             feature_loss = (weight * error**2).mean()
 
@@ -496,43 +499,84 @@ class BootMAE(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Weights from files: this project's, the authors', MAE's and timm's
 
+# The tensors of a plain ViT, and the beginnings of those of heads and decoders, which a file may
+# hold as well. Any other may take part in the encoder's forward pass: then it is another network.
+PLAIN = re.compile(r"cls_token|pos_embed|(patch_embed\.proj|norm|fc_norm|head"
+                   r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)")
+LEFT_OUT = re.compile(r"head|pre_logits|mask_token|masked_embed|decode|de_pos_embed|down|lm_head")
+
 
 def load_vit(
     path: str, img_size: int | tuple[int, int] | None = None, num_classes: int | None = None,
-    drop_path: float = 0.0, teacher: bool = False, num_heads=None, pixels="signed",
-    report: Callable[[str], None] = lambda line: None,
+    drop_path: float = 0.0, teacher: bool = False, num_heads: int | None = None,
+    pixels: str = "signed", report: Callable[[str], None] = lambda line: None,
 ) -> ViT:
-    """A ViT of the sizes found in a file of weights, in evaluation mode.
+    """A ViT of the sizes found in a file of weights, in evaluation mode, for images in [-1, 1].
 
     path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE,
-    or timm's state_dict of a plain ViT. img_size: None takes the file's; for any other, positions
-    are interpolated. num_classes: None takes the file's (an encoder if it has no head), another
-    number a new head, 0 no head. teacher: take the teacher's weights from a pretraining checkpoint.
+    or timm's state_dict of a plain ViT, as .safetensors too. img_size: None takes the file's; for
+    any other, positions are interpolated. num_classes: None takes the file's (an encoder if it has
+    no head), another number a new head, 0 no head. teacher: take the teacher's weights from a
+    pretraining checkpoint. num_heads is in no file: None takes that of SIZES for the width and
+    depth found. pixels: "imagenet" for weights that were trained on pixels normalised with
+    ImageNet's mean and deviation, which is folded into the patch embedding; "signed" for others.
     report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
     """
-    state = read_weights(path, teacher)
-    sizes = sizes_of(state, path)
-    if img_size is not None:
-        sizes["img_size"] = img_size
-    elif sizes["img_size"] is None:
-        raise ValueError(f"{path} is for images that are not square: only load_vit takes it, with "
-                         "img_size=(height, width)")
-    if num_classes is not None:
-        sizes["num_classes"] = num_classes
-    vit = ViT(**sizes, drop_path=drop_path)
-    report(load_matching(vit, state, path))
+    if pixels not in ("signed", "imagenet"):
+        raise ValueError(f"pixels={pixels!r} must be signed or imagenet")
+    content = read_file(path)
+    try:
+        state, signed = _find_weights(content, teacher)
+        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        known = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
+        num_heads = num_heads or known.get((embed_dim, depth))
+        if num_heads is None:
+            raise ValueError(f"has {depth} blocks of width {embed_dim}, and none of model.py's "
+                             "SIZES has: give num_heads, which is in no file")
+        if "fc_norm.weight" not in state or "norm.weight" in state:
+            head = 0  # its head, if any, is not for the normalised mean of the patch tokens
+        else:
+            head = len(state.get("head.weight", ()))
+        grid = _find_grid(state["pos_embed"], img_size and patch_grid(img_size, patch_size))
+        vit = ViT(img_size or tuple(n * patch_size for n in grid), patch_size, embed_dim, depth,
+                  num_heads, head if num_classes is None else num_classes, drop_path,
+                  in_chans=in_chans)
+        state["pos_embed"] = resize_positions(state["pos_embed"].float(), grid, vit.grid)
+        note = f"{_copy(state, vit, head)}; {num_heads} heads"
+        if grid != vit.grid:
+            note += "; positions interpolated from {} x {} to {} x {}".format(*grid, *vit.grid)
+        if pixels == "imagenet":
+            if signed or in_chans != 3:
+                raise ValueError("takes no pixels of ImageNet's mean and deviation: it is of this "
+                                 "project or the authors, or has not 3 channels; leave "
+                                 "--init_pixels imagenet out")
+            _fold_imagenet(vit.patch_embed.proj)
+            note += "; ImageNet's mean and deviation folded into the patch embedding"
+        elif not signed:
+            note += ("; taken to expect pixels of -1 .. 1 (if trained on ImageNet's mean and "
+                     "deviation, as MAE: --init_pixels imagenet)")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    report(f"{path}: {note}")
     return vit.eval()
 
 
 def read_file(path: str) -> dict:
     """A dict of tensors and plain values. ValueError names a file that is bad or holds code."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # for the authors' arguments
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file  # a package that nothing else needs
+            return load_file(path)
+        # The authors' files hold their arguments, an argparse.Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch.load raises many kinds for a bad file
+    except ImportError as error:
+        raise ValueError(f"can't read {path}: pip install safetensors, or give a .pth") from error
+    except Exception as error:  # both raise many kinds for a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(f"{path} is damaged or no plain file of tensors, "
                          f"and was left as it is ({reason})") from error
@@ -541,99 +585,95 @@ def read_file(path: str) -> dict:
     return content
 
 
-def read_weights(path: str, teacher: bool = False) -> dict[str, Tensor]:
-    """A ViT's state_dict from any file that `load_vit` takes; it may hold other keys as well."""
-    content = read_file(path)
-    parts = (content.get("model"), content.get("module"), content)
-    state = next((part for part in parts if isinstance(part, dict) and part), {})
-    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
-        raise ValueError(f"{path} holds no state_dict of a ViT")
-    if any(key.endswith("q_bias") for key in state):  # the authors' layout
-        if teacher and not content.get("model_ema"):
-            raise ValueError(f"{path} was saved without a teacher (no model_ema); "
-                             "leave --teacher out")
-        try:
-            state = from_official(content)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} is not quite a file of the authors' code: {error}") from error
-    part = "teacher." if teacher else "encoder."
-    if any(key.startswith("encoder.") for key in state):
-        if not any(key.startswith(part) for key in state):
-            raise ValueError(f"{path} was pretrained without a teacher; leave --teacher out")
-        state = {key.removeprefix(part): x for key, x in state.items() if key.startswith(part)}
-    elif teacher:
-        raise ValueError(f"{path} holds no teacher; "
-                         "a checkpoint.pt of train.py or of the authors does")
-    return state
+def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool]:
+    """A plain ViT's tensors by timm's names, with heads and decoders, from a file's content.
 
-
-def sizes_of(state: dict[str, Tensor], path: str) -> dict:
-    """Keyword arguments of a state_dict's `ViT`; img_size is None if N is not a square number."""
-    if any(key.startswith("features.encoder.") for key in state):
-        raise ValueError(f"{path} is of a linear probe, whose top-1 is in log.jsonl beside it; "
-                         "give the encoder that it was trained on")
-    for key in "cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight":
-        if key not in state:
-            raise ValueError(f"{path} fits no ViT: it has no {key}")
-    try:
-        embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-        _, num_positions, _ = state["pos_embed"].shape
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} fits no ViT: its tensors have other names or shapes") from error
-    known = {(size["embed_dim"], size["depth"]): size for size in SIZES.values()}
-    if (embed_dim, depth) not in known:  # the number of heads is in no file
-        raise ValueError(f"{path} has {depth} blocks of width {embed_dim}; "
-                         "none of model.py's SIZES has: add a line")
-    grid = square_grid(num_positions)
-    head = "head.weight" in state and "fc_norm.weight" in state
-    return dict(
-        img_size=grid and grid[0] * patch_size,
-        patch_size=patch_size,
-        **known[embed_dim, depth],
-        num_classes=len(state["head.weight"]) if head else 0,
-        in_chans=in_chans,
-    )
-
-
-def square_grid(num_positions: int) -> tuple[int, int] | None:
-    """Rows and columns of CLS and a square of patches; None if the patches form no square."""
-    side = math.isqrt(num_positions - 1)
-    return (side, side) if side * side + 1 == num_positions else None
-
-
-def load_matching(vit: ViT, state: dict[str, Tensor], path: str) -> str:
-    """Copy what fits into `vit`; returns a line on what was loaded, left out and new.
-
-    Norms and head may be new. Raises ValueError if anything else is missing, or if `state` has
-    parts, such as layer scale, that `vit` lacks, so that it would be another network.
+    Also whether the file is surely this project's or the authors', whose pixels are in [-1, 1].
     """
-    own, state, note = vit.state_dict(), dict(state), ""
-    positions = state["pos_embed"]
-    grid = square_grid(positions.shape[1])
-    # A grid of 2 x 8 counts as square too: it is recognised by having the positions of `vit`.
-    if grid not in (None, vit.grid) and not torch.equal(positions, own["pos_embed"]):
-        state["pos_embed"] = resize_positions(positions.float(), grid, vit.grid)
-        note = "; positions interpolated from {} x {} to {} x {}".format(*grid, *vit.grid)
-    loaded = {key: x for key, x in state.items() if key in own and own[key].shape == x.shape}
-    if "fc_norm.weight" not in state:  # a head on the CLS token is no head on the mean token
-        loaded = {key: x for key, x in loaded.items() if not key.startswith("head.")}
-    left_out, new = sorted(state.keys() - loaded.keys()), sorted(own.keys() - loaded.keys())
-    for key in new:
+    wrappers = ["model", "state_dict", "module", "model_state_dict"]
+    found = [name for name in ["model_ema"] * teacher + wrappers
+             if isinstance(content.get(name), dict)]
+    state = content[found[0]] if found else content
+    if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
+        raise ValueError("holds no state_dict of a ViT")
+    while len({key.split(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.partition(".")[2]: x for key, x in state.items()}  # module., _orig_mod. etc.
+    for word, what in {
+        "patch_embeddings.": "has transformers' names: convert them to timm's, or take timm's file "
+                             "of the same model",
+        "features.encoder.": "is of a linear probe, whose top-1 is in log.jsonl beside it: give "
+                             "the encoder that it was trained on",
+    }.items():
+        if any(word in key for key in state):
+            raise ValueError(what)
+    pretraining = "regressor.mask_token" in state  # a checkpoint.pt of train.py
+    if pretraining:
+        part = "teacher." if teacher else "encoder."
+        state = {key.removeprefix(part): x for key, x in state.items() if key.startswith(part)}
+    if teacher and not (state if pretraining else found[:1] == ["model_ema"]):
+        raise ValueError("holds no teacher (no teacher.* and no model_ema): leave --teacher out")
+    theirs = any(key.endswith("attn.q_bias") for key in state)
+    state = _merge_biases(state)
+
+    for key, x in state.items():
+        if not PLAIN.fullmatch(key) and not LEFT_OUT.match(key):
+            raise ValueError(f"fits no ViT: it has {key}, which a plain ViT lacks")
+        if not x.isfinite().all():
+            raise ValueError(f"can't be used: {key} has values that are not finite")
+    for key, ndim in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
+                      "blocks.0.attn.qkv.weight": 2}.items():
+        if key not in state or state[key].ndim != ndim:
+            raise ValueError(f"fits no ViT: it has no {key} of {ndim} dimensions")
+    return state, pretraining or theirs or "classes" in content
+
+
+def _find_grid(positions: Tensor, wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of the patches that positions (1, 1 + N, D) in a file are for.
+
+    Sin-cos positions tell them. Learned ones do not: they are taken for a square, or for `wanted`.
+    """
+    _, count, embed_dim = positions.shape
+    grids = [(rows, (count - 1) // rows) for rows in range(1, count) if (count - 1) % rows == 0]
+    for grid in grids:
+        if torch.allclose(positions.float(), sincos_positions(embed_dim, grid), atol=0.01):
+            return grid
+    square = [(rows, columns) for rows, columns in grids if rows == columns]
+    if not square and wanted not in grids:
+        raise ValueError(f"fits no ViT: pos_embed has {count} positions, " + (
+            "a square: none for CLS" if math.isqrt(count) ** 2 == count else
+            "not one for CLS and a square; if its images are not square, give load_vit img_size"))
+    return square[0] if square else wanted
+
+
+def _copy(state: dict[str, Tensor], vit: ViT, head: int) -> str:
+    """Copy what fits into `vit`, and say what. Only norms and head may be new. head: 0 skips it."""
+    own = vit.state_dict()
+    loaded = {key: x for key, x in state.items() if key in own and own[key].shape == x.shape
+              and (head or not key.startswith("head."))}
+    left_out, new = state.keys() - loaded.keys(), own.keys() - loaded.keys()
+    for key in sorted(new):
         if not key.startswith(("norm.", "fc_norm.", "head.")):
-            raise ValueError(f"{path} does not fit: {key} is missing or has another shape")
-    for key in left_out:
-        if key.startswith(("blocks.", "norm_pre.", "reg_token")):
-            raise ValueError(f"{path} does not fit: it has {key}, which this ViT lacks, "
-                             "so it would be another network")
+            shape = tuple(state[key].shape) if key in state else "missing"
+            raise ValueError(f"fits no ViT: {key} is {shape}, in a plain ViT of this width and "
+                             f"depth {tuple(own[key].shape)}")
     vit.load_state_dict(loaded, strict=False)
+    left_out, new = (", ".join(sorted({key.split(".")[0] for key in keys})) or "nothing"
+                     for keys in (left_out, new))
+    return f"{len(loaded)} tensors loaded; left out: {left_out}; new: {new}"
 
-    def names(keys: list[str]) -> str:
-        more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-        return (", ".join(keys[:6]) or "nothing") + more
 
-    summary = f"{len(loaded)} tensors loaded; left out: {names(left_out)}; new: {names(new)}"
-    return f"{path}: {summary}{note}"
+@torch.no_grad()
+def _fold_imagenet(proj: nn.Conv2d) -> None:
+    """Turn a patch embedding for ImageNet-normalised pixels into one for pixels in [-1, 1].
+
+    For s in [-1, 1] it was given (u - mean) / std with u = (s + 1) / 2, so its sum of
+    w (u - mean) / std is one of (0.5 w / std) s, and a bias more: w (0.5 - mean) / std.
+    """
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(3, 1, 1)
+    weight = proj.weight.double()                                         # (D, 3, p, p)
+    proj.bias += (weight * (0.5 - mean) / std).sum(dim=(1, 2, 3))
+    proj.weight.copy_(0.5 * weight / std)
 
 
 def from_official(checkpoint: dict) -> dict[str, Tensor]:
@@ -644,48 +684,43 @@ def from_official(checkpoint: dict) -> dict[str, Tensor]:
     Raises ValueError naming a key that belongs to neither.
     """
     # DeepSpeed stores the weights under 'module'.
-    theirs = checkpoint.get("model") or checkpoint.get("module") or checkpoint
-    ours = _merge_biases(theirs)
+    theirs = _merge_biases(checkpoint.get("model") or checkpoint.get("module") or checkpoint)
     if "head.weight" in theirs:
-        return ours
-    average = _merge_biases(checkpoint["model_ema"]) if checkpoint.get("model_ema") else ours
+        return theirs
+    average = _merge_biases(checkpoint.get("model_ema") or theirs)
 
-    # Names of the parts of their decoders, which end in _1 for the feature predictor, and ours.
-    parts = dict(mask_token="mask_token", down="embed", decode_norm="norm", decode_blocks="blocks")
+    encoder = "patch_embed", "cls_token", "pos_embed", "blocks", "norm"
+    decoder = dict(mask_token="mask_token", down="embed", decode_blocks="blocks",
+                   decode_norm="norm", lm_head="head")
+    parts = {part: f"encoder.{part}" for part in encoder} | {"de_pos_embed": "regressor.pos_embed"}
+    parts |= {part: f"regressor.{name}" for part, name in decoder.items()}
+    parts |= {f"{part}_1": f"predictor.{name}" for part, name in decoder.items()}
     layers = dict(norm3="norm_query", norm4="norm_context", c_attn="cross_attn")
-    renamed = {}
-    for key, value in ours.items():
-        part, _, rest = key.partition(".")
-        name = part.removesuffix("_1")
-        if part in ("patch_embed", "cls_token", "blocks", "norm", "pos_embed"):
-            renamed[f"encoder.{key}"] = value
-            renamed[f"teacher.{key}"] = average[key]
-            if part == "pos_embed":
-                renamed["predictor.pos_embed"] = value
-        elif part == "de_pos_embed":
-            renamed["regressor.pos_embed"] = value
-        elif name in parts:
-            decoder = "regressor" if name == part else "predictor"
-            words = [layers.get(word, word) for word in key.split(".")[1:]]
-            renamed[".".join([decoder, parts[name], *words])] = value
-        elif key == "lm_head.proj.weight":  # transposed convolution (d, C, p, p) -> map (C*p*p, d)
-            renamed["regressor.head.weight"] = value.flatten(1).T.contiguous()
-        elif key == "lm_head.proj.bias":    # one value a channel -> one a pixel
-            pixels = math.prod(ours["lm_head.proj.weight"].shape[2:])
-            renamed["regressor.head.bias"] = value.repeat_interleave(pixels)
-        elif part == "lm_head_1":
-            renamed[f"predictor.head.{rest}"] = value
-        else:
+    ours = {}
+    for key, value in theirs.items():
+        part, *rest = key.split(".")
+        if part not in parts:
             raise ValueError(f"{key} is no key of an official BootMAE checkpoint")
-    return renamed
+        name = ".".join([parts[part], *(layers.get(word, word) for word in rest)])
+        if part == "lm_head":  # a transposed convolution there, a linear map here
+            kernel = theirs["lm_head.proj.weight"]                     # (d, C, p, p)
+            value = (kernel.flatten(1).T.contiguous() if value is kernel  # (C*p*p, d)
+                     else value.repeat_interleave(kernel[0, 0].numel()))  # (C,) -> (C*p*p,)
+            name = name.replace(".proj.", ".")
+        ours[name] = value
+        if part in encoder:
+            ours[f"teacher.{key}"] = average[key]
+        if part == "pos_embed":
+            ours["predictor.pos_embed"] = value
+    return ours
 
 
 def _merge_biases(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace the authors' q_bias and v_bias by the bias of their Linear, in which k's is zero."""
     merged = dict(theirs)
     for key in theirs:
-        if key.endswith("q_bias"):
-            attention = key.removesuffix("q_bias")
+        attention = key.removesuffix("q_bias")
+        if key != attention and attention + "v_bias" in theirs:
             q_bias, v_bias = merged.pop(key), merged.pop(attention + "v_bias")
             zero = torch.zeros_like(v_bias)
             if attention + "qkv.weight" in theirs:

@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -41,7 +42,7 @@ import finetune
 import train
 from masking import block_mask, random_mask
 from model import (
-    SIZES, BootMAE, ViT, from_official, load_matching, load_vit, loss_weight, patchify,
+    SIZES, BootMAE, ViT, from_official, load_vit, loss_weight, patchify, read_file,
     resize_positions, unpatchify,
 )
 
@@ -372,6 +373,36 @@ def test_feature_maps():
         encoder.feature_maps(images, (0,))
 
 
+@pytest.mark.parametrize("forward", [ViT.forward, lambda vit, x: vit.feature_maps(x, (1, 3))[0]])
+def test_exported_networks_take_any_batch(forward):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = small_model()[0].encoder.eval()
+
+        def forward(self, images):
+            return forward(self.vit, images)
+
+    network, images = Network(), torch.rand(5, 3, 8, 12, dtype=torch.float64)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(network, (images[:2],), dynamic_shapes=batch).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes are constants in a trace, as is meant here
+        traced = torch.jit.trace(network, images[:2])
+    near(exported(images), network(images))
+    near(traced(images), network(images))
+
+
+def test_models_can_be_built_on_the_meta_device():
+    model, images, mask = small_model()
+    with torch.device("meta"):
+        empty = BootMAE(**SMALL, decoder_dim=20)
+    assert all(p.is_meta for p in empty.parameters())
+    empty = empty.to_empty(device="cpu").double()
+    empty.load_state_dict(model.state_dict())
+    assert_same(empty(images, mask), model(images, mask))
+
+
 def test_compiled_forward_and_gradients_are_the_same():
     model, images, mask = small_model(decoder_depth=1)
     torch._dynamo.reset()
@@ -588,15 +619,19 @@ def files(tmp_path_factory):
     about = {"args": argparse.Namespace(model="pretrain_base", epochs=800), "epoch": 799}
     decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_embed.weight": torch.zeros(64, 128)}
     head = {"head.weight": torch.zeros(12, 128), "head.bias": torch.zeros(12)}  # on the CLS token
+    wrapped = {f"module._orig_mod.{key}": x for key, x in encoder.items()}
     for name, content in {
         "checkpoint.pt": {"model": model.state_dict(), "optimizer": {}, "step": 1},
-        "encoder.pt": encoder, "best.pt": classifier,
+        "encoder.pt": encoder, "lightning.ckpt": {"state_dict": wrapped, "epoch": 3},
+        "best.pt": {"model": classifier, "classes": list("abcdefghijkl"), "crop_ratio": 1.0},
         "mae.pth": {"model": encoder | decoder}, "timm.pth": encoder | head,
+        "two_norms.pth": classifier | {"norm.weight": torch.ones(128)},
         "theirs.pth": official | about, "theirs_alone.pth": {"model": official["model"]},
-        "theirs_tuned.pth": {"model": split_biases(classifier)} | about,
+        "theirs_tuned.pth": {"module": split_biases(classifier)} | about,
         "text.pt": {"model": torch.zeros(3)}, "empty.pt": {}, "numbers.pt": {3: torch.zeros(3)},
         "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
         "layer_scale.pt": encoder | {"blocks.0.ls1.gamma": torch.ones(128)},
+        "gray.pt": small_vit(in_chans=1).state_dict(),
     }.items():
         torch.save(content, folder / name)
     weights = {"encoder": encoder, "teacher": model.teacher.state_dict(), "classifier": classifier}
@@ -604,20 +639,89 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, part, words", [
-    ("checkpoint.pt", "encoder", "left out: norm.bias"), ("theirs.pth", "encoder", "new: fc_norm"),
-    ("checkpoint.pt", "teacher", "left out: norm.bias"), ("theirs.pth", "teacher", "new: fc_norm"),
-    ("encoder.pt", "encoder", "new: fc_norm.bias"), ("best.pt", "classifier", "out: nothing; new"),
-    ("mae.pth", "encoder", "mask_token"), ("timm.pth", "encoder", "out: head.bias, head.weight"),
-    ("theirs_tuned.pth", "classifier", "left out: nothing; new: nothing"),
+    ("checkpoint.pt", "encoder", "left out: norm; new: fc_norm, head; 4 heads"),
+    ("checkpoint.pt", "teacher", "left out: norm; new: fc_norm, head; 4 heads"),
+    ("theirs.pth", "encoder", "lm_head, lm_head_1, mask_token, mask_token_1, norm; new: fc_norm"),
+    ("theirs.pth", "teacher", "left out: norm; new: fc_norm"),
+    ("encoder.pt", "encoder", "new: fc_norm, head"), ("lightning.ckpt", "encoder", "new: fc_norm"),
+    ("mae.pth", "encoder", "decoder_embed, mask_token, norm; new: fc_norm, head; 4 heads; taken"),
+    ("timm.pth", "encoder", "out: head, norm; new: fc_norm, head"),
+    ("two_norms.pth", "encoder", "out: head, norm; new: head"),
+    ("best.pt", "classifier", "left out: nothing; new: nothing; 4 heads"),
+    ("theirs_tuned.pth", "classifier", "left out: nothing; new: nothing; 4 heads"),
 ])
 def test_weights_of_every_origin(files, name, part, words):
     folder, weights = files
     said = []
     model = load_vit(folder / name, None, 12, teacher=part == "teacher", report=said.append)
     assert name in said[0] and words in said[0]
+    sure = name in ("checkpoint.pt", "best.pt") or "theirs" in name
+    assert ("--init_pixels imagenet" not in said[0]) == sure
+    wanted = weights["classifier" if name == "two_norms.pth" else part]
     for key, value in model.state_dict().items():
         if part == "classifier" or key.startswith("blocks"):
-            assert torch.equal(value, weights[part][key]), key
+            assert torch.equal(value, wanted[key]), key
+
+
+def without(*words):
+    return lambda state: {key: x for key, x in state.items() if not any(w in key for w in words)}
+
+
+def renamed(old, new):
+    return lambda state: {key.replace(old, new): x for key, x in state.items()}
+
+
+def having(key, *shape):
+    return lambda state: state | {key: torch.ones(shape)}
+
+
+@pytest.mark.parametrize("change, words", [
+    (renamed("patch_embed.", "patch_embed.backbone.stem."), "has patch_embed.backbone.stem.proj"),
+    (renamed("patch_embed.proj", "patch_embed.proj.0"), "it has patch_embed.proj.0.weight"),
+    (having("patch_embed.proj.weight", 128, 192), "no patch_embed.proj.weight of 4 dimensions"),
+    (having("patch_embed.proj.weight", 128, 3, 8, 4), "patch_embed.proj.weight is (128, 3, 8, 4)"),
+    (having("pos_embed", 1, 16, 128), "pos_embed has 16 positions, a square: none for CLS"),
+    (having("pos_embed", 1, 18, 128), "pos_embed has 18 positions, not one for CLS and a square"),
+    (having("dist_token", 1, 1, 128), "it has dist_token"),
+    (having("reg_token", 1, 4, 128), "it has reg_token"), (without("cls_token"), "no cls_token"),
+    (renamed("attn.qkv", "attn.q_proj"), "it has blocks.0.attn.q_proj.weight"),
+    (without("qkv.bias"), "blocks.0.attn.qkv.bias is missing"),
+    (having("blocks.1.attn.relative_position_bias_table", 9, 4), "1.attn.relative_position_bias"),
+    (having("blocks.0.gamma_1", 128), "it has blocks.0.gamma_1"),
+    (renamed("mlp.fc1", "mlp.fc1_g"), "it has blocks.0.mlp.fc1_g.weight"),
+    (having("blocks.3.attn.q_norm.weight", 32), "it has blocks.3.attn.q_norm.weight"),
+    (having("norm_pre.weight", 128), "it has norm_pre.weight"),
+    (having("attn_pool.q.weight", 128, 128), "it has attn_pool.q.weight"),
+    (without("blocks.2.norm1.bias"), "blocks.2.norm1.bias is missing"),
+    (having("blocks.1.mlp.fc1.weight", 256, 128), "blocks.1.mlp.fc1.weight is (256, 128)"),
+    (lambda state: split_biases(state) | {"blocks.0.gamma_1": torch.ones(128)}, "blocks.0.gamma_1"),
+    (renamed("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"), "transformers'"),
+    (lambda state: {f"encoder.{key}": x for key, x in having("embeddings.patch_embeddings.x", 1)(
+        state).items()} | {"pooler.x": torch.ones(1)}, "transformers'"),
+    (renamed("blocks.3", "blocks.5"), "blocks of width 128"),
+    (lambda state: state | {"blocks.2.mlp.fc2.bias": torch.full((128,), math.nan)},
+     "blocks.2.mlp.fc2.bias has values that are not finite"),
+    (lambda state: state | {"cls_token": torch.full((1, 1, 128), math.inf)}, "cls_token has value"),
+])
+def test_other_networks_are_refused_with_the_reason(files, tmp_path, change, words):
+    torch.save(change(files[1]["encoder"]), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        load_vit(tmp_path / "x.pt")
+    assert "x.pt" in str(error.value)
+    assert ("not square" in str(error.value)) == ("18 positions" in words)
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("encoder.pt", dict(pixels="0..1"), "signed or imagenet"),
+    ("gray.pt", dict(pixels="imagenet"), "gray.pt takes no pixels"),
+    ("best.pt", dict(pixels="imagenet"), "leave --init_pixels imagenet out"),
+    ("encoder.pt", dict(num_heads=3), "encoder.pt embed_dim 128 is not divisible by num_heads 3"),
+    ("encoder.pt", dict(teacher=True), "holds no teacher"),
+    ("encoder.pt", dict(img_size=30), "30 x 30 is not divisible by patch_size 8"),
+])
+def test_loading_with_options_that_do_not_fit(files, name, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_vit(files[0] / name, **options)
 
 
 def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
@@ -637,15 +741,65 @@ def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
     assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 3)
 
 
-def test_oblong_grids_need_a_size_and_keep_their_positions(tmp_path):
-    """2 x 8 patches are as many as 4 x 4, and must not be taken for them."""
-    torch.save(small_vit(img_size=(32, 16)).state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="img_size=.height, width"):
-        load_vit(tmp_path / "x.pt")
-    assert load_vit(tmp_path / "x.pt", img_size=(32, 16)).grid == (4, 2)
-    model, state = small_vit(img_size=(16, 64)), small_vit(img_size=(16, 64)).state_dict()
-    load_matching(model, state, "file")
-    assert torch.equal(model.pos_embed, state["pos_embed"])
+def test_number_of_heads_is_that_of_the_sizes_or_the_callers(tmp_path):
+    path, images, said = tmp_path / "x.pt", torch.rand(2, 3, 32, 32), []
+    model = shaken(small_vit(num_heads=8))
+    torch.save(model.state_dict(), path)
+    assert not torch.allclose(load_vit(path)(images), model(images), atol=1e-3)
+    assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), model(images))
+    assert "; 8 heads" in said[0]
+    model = small_vit(depth=3)  # in none of SIZES
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match="3 blocks of width 128.*give num_heads"):
+        load_vit(path)
+    assert torch.equal(load_vit(path, num_heads=4)(images), model(images))
+
+
+def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
+    """The network, given pixels of ImageNet's mean and deviation, is the file's, given -1 .. 1."""
+    torch.manual_seed(0)
+    vit = shaken(ViT(**SMALL))
+    torch.save(vit.state_dict(), tmp_path / "x.pt")
+    pixels = torch.rand(3, 8, 12, dtype=torch.float64)
+    normalized = torch.stack([(pixels[0] - 0.485) / 0.229, (pixels[1] - 0.456) / 0.224,
+                              (pixels[2] - 0.406) / 0.225])
+    weights = {key: x.double() for key, x in vit.state_dict().items()}
+    tokens = naive_encoder(weights, "", naive_patches(normalized), range(6))[-1]
+    expected = sum(norm(weights, "norm", tokens)[1:]) / 6
+    said, options = [], dict(img_size=(8, 12), num_heads=3)
+    loaded = load_vit(tmp_path / "x.pt", **options, pixels="imagenet", report=said.append)
+    assert "ImageNet's mean and deviation folded" in said[0]
+    near(loaded((2 * pixels - 1)[None].float())[0].double(), expected, atol=1e-5)
+    plain = load_vit(tmp_path / "x.pt", **options)
+    assert_same(plain.state_dict(), vit.state_dict())
+
+
+def test_grids_that_are_not_square(tmp_path):
+    """2 x 8 patches are as many as 4 x 4; sin-cos positions tell which, learned ones do not."""
+    path, said = tmp_path / "x.pt", []
+    for size in (32, 16), (16, 64), (24, 40):  # the last has 16 positions, a square
+        vit = small_vit(img_size=size)
+        torch.save(vit.state_dict(), path)
+        loaded = load_vit(path)
+        assert loaded.grid == vit.grid and torch.equal(loaded.pos_embed, vit.pos_embed)
+    load_vit(path, img_size=32, report=said.append)
+    assert "positions interpolated from 3 x 5 to 4 x 4" in said[0]
+    state = small_vit().state_dict() | {"pos_embed": torch.randn(1, 13, 128)}
+    torch.save(state, path)
+    assert torch.equal(load_vit(path, img_size=(16, 48)).pos_embed, state["pos_embed"])
+    with pytest.raises(ValueError, match="img_size"):
+        load_vit(path)
+
+
+def test_safetensors_need_their_package(files, tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    shutil.copy(files[0] / "encoder.pt", path)
+    reader = SimpleNamespace(load_file=lambda path: files[1]["encoder"])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
+    assert_same(load_vit(path).state_dict(), files[1]["encoder"])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="x.safetensors: pip install safetensors"):
+        read_file(path)
 
 
 # --------------------------------------------------------------------------------------------------
