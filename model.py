@@ -517,8 +517,8 @@ def load_vit(
     or timm's state_dict of a plain ViT, as .safetensors too. img_size: None takes the file's; for
     any other, positions are interpolated. num_classes: None takes the file's (an encoder if it has
     no head), another number a new head, 0 no head. teacher: take the teacher's weights from a
-    pretraining checkpoint. num_heads is in no file: None takes that of SIZES for the width and
-    depth found. pixels: "imagenet" for weights that were trained on pixels normalised with
+    pretraining checkpoint. num_heads: None takes that of a best.pt, or, as no other file has it,
+    that of SIZES for the width and depth found. pixels: "imagenet" for weights that were trained on pixels normalised with
     ImageNet's mean and deviation, which is folded into the patch embedding; "signed" for others.
     report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
@@ -531,10 +531,10 @@ def load_vit(
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         known = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-        num_heads = num_heads or known.get((embed_dim, depth))
+        num_heads = num_heads or content.get("num_heads") or known.get((embed_dim, depth))
         if num_heads is None:
             raise ValueError(f"has {depth} blocks of width {embed_dim}, and none of model.py's "
-                             "SIZES has: give num_heads, which is in no file")
+                             "SIZES has: give num_heads, which the file does not")
         if "fc_norm.weight" not in state or "norm.weight" in state:
             head = 0  # its head, if any, is not for the normalised mean of the patch tokens
         else:
