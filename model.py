@@ -517,9 +517,10 @@ def load_vit(
     or timm's state_dict of a plain ViT, as .safetensors too. img_size: None takes the file's; for
     any other, positions are interpolated. num_classes: None takes the file's (an encoder if it has
     no head), another number a new head, 0 no head. teacher: take the teacher's weights from a
-    pretraining checkpoint. num_heads: None takes that of a best.pt, or, as no other file has it,
-    that of SIZES for the width and depth found. pixels: "imagenet" for weights that were trained on pixels normalised with
-    ImageNet's mean and deviation, which is folded into the patch embedding; "signed" for others.
+    pretraining checkpoint. num_heads: None takes that of a best.pt; no other file has it, so then
+    that of SIZES for the width and depth found. pixels: "imagenet" for weights that were trained on
+    pixels normalised with ImageNet's mean and deviation, which is folded into the patch embedding;
+    "signed" for others.
     report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
     """
