@@ -36,7 +36,7 @@ def _large_photos_allowed():
     limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, and refuses twice as many pixels
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         try:
-            Image.MAX_IMAGE_PIXELS = limit and 1.5 * limit
+            Image.MAX_IMAGE_PIXELS = limit and limit * 3 // 2
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
