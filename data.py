@@ -382,8 +382,8 @@ class Samples(torch.utils.data.Dataset):
 
     A file that can't be read is named on stderr, once in each process, and replaced by another, the
     same one in every run; with replace=False by a grey image labelled -1, which evaluation leaves
-    out. Raises UnreadableImages if ten in a row can't be read. Errors that are not of the file (of
-    the memory, the disk or `transform`) are raised as they are.
+    out. Raises UnreadableImages if ten in a row can't be read. Errors of the memory or the disk are
+    raised as they are.
     """
 
     def __init__(
@@ -406,30 +406,20 @@ class Samples(torch.utils.data.Dataset):
                 image, label = self.source.open(index), int(self.source.labels[index])
                 return *self.transform(image, rng), label
             except Exception as error:  # Pillow has a dozen kinds
-                unreadable = self._name_unreadable(index, error)
+                number = getattr(error, "errno", None)
+                if isinstance(error, MemoryError) or number not in FILE_ERRORS:
+                    raise
+                name = self.source.name(index)
+                reason = f"{type(error).__name__}: {error}".replace(repr(name), "")
+                unreadable = f"{name!r} ({' '.join(reason.split()).rstrip(' :')})"
+            if index not in self.named:
+                self.named.add(index)
+                instead = "another image takes its place" if self.replace else "it is left out"
+                print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr, flush=True)
             if not self.replace:
                 return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), -1
             index = rng.randrange(len(self))
         raise UnreadableImages(f"ten images in a row can't be read, the last one {unreadable}")
-
-    def _name_unreadable(self, index: int, error: Exception) -> str:
-        """The file's name and what is wrong with it. Raises `error` if it is not of the file."""
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_ERRORS:
-            raise error
-        name = self.source.name(index)
-        reason = f"{type(error).__name__}: {error}".replace(repr(name), "")
-        unreadable = f"{name!r} ({' '.join(reason.split()).rstrip(' :')})"
-        if index not in self.named:
-            try:
-                image = self.source.open(index)
-                crop_resize(image, (0, 0, *image.size), 1)
-            except Exception:
-                instead = "another image takes its place" if self.replace else "it is left out"
-                print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr)
-                self.named.add(index)
-            else:
-                raise error  # the file is good, so it is `transform` that failed
-        return unreadable
 
 
 class Batches(torch.utils.data.Sampler):

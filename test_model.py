@@ -1361,7 +1361,7 @@ def test_errors_that_are_not_of_a_file_are_raised(monkeypatch, capsys):
             assert samples[0][2] == -1
     assert "'shape 0' (PermissionError: [Errno 13] no); it is left out" in capsys.readouterr().err
     monkeypatch.undo()
-    with pytest.raises(TypeError):  # of the transform
+    with pytest.raises(data.UnreadableImages, match="TypeError"):  # of the transform
         data.Samples(data.Shapes(3, 8), lambda image, rng: image + 1)[0]
 
 
