@@ -46,15 +46,15 @@ RECIPES = {"imagenet": dict(  # as published, for ViT-B
 RECIPES["imagenet_large"] = RECIPES["imagenet"] | dict(
     model="large", batch_size=1024, epochs=50, lr=1.5e-3, warmup_epochs=5, layer_decay=0.75)
 RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
-    model="small", img_size=32, patch_size=4, batch_size=512, lr=1e-3, warmup_epochs=5,
-    layer_decay=0.75, model_ema=0.999, crop_scale=(0.4, 1.0), crop_ratio=1.0)
+    model="small", img_size=32, patch_size=4, branch_init=0.0, batch_size=512, lr=1e-3,
+    warmup_epochs=5, layer_decay=0.75, model_ema=0.999, crop_scale=(0.4, 1.0), crop_ratio=1.0)
 # Few images and a small network: no augmentation but crop and flip
 PLAIN = dict(drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0)
 RECIPES["photos"] = RECIPES["cifar10"] | PLAIN | dict(
-    model="nano", img_size=96, patch_size=12, batch_size=32, epochs=40, warmup_epochs=4,
+    model="tiny", img_size=96, patch_size=12, batch_size=32, epochs=40, warmup_epochs=4,
     model_ema=0.99)
 RECIPES["shapes"] = RECIPES["photos"] | dict(
-    img_size=64, patch_size=8, lr=2e-3, crop_scale=(0.6, 1.0), labels_per_class=20)
+    model="nano", img_size=64, patch_size=8, lr=2e-3, crop_scale=(0.6, 1.0), labels_per_class=20)
 
 # The linear probe of the paper, which LARS trains
 PROBE = PLAIN | dict(lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90,

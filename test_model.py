@@ -2213,13 +2213,15 @@ def plain_step(step, optimizer, loss, average, model, momentum):
             old.lerp_(new, 1 - momentum)
 
 
-@pytest.mark.parametrize("mask, kind, patches, inject, weighted, momentum", [
-    ("block", block_mask, (4, 4), (1, -1), 1, 0.5), ("random", random_mask, 16, (3, 0), 0, None)])
+@pytest.mark.parametrize("mask, kind, patches, inject, weighted, momentum, scale", [
+    ("block", block_mask, (4, 4), (1, -1), 1, 0.5, 1.0),
+    ("random", random_mask, 16, (3, 0), 0, None, 0.3)])
 def test_pretraining_takes_the_steps_of_a_plain_loop(
-        tmp_path, mask, kind, patches, inject, weighted, momentum):
+        tmp_path, mask, kind, patches, inject, weighted, momentum, scale):
     flags = """--recipe shapes --num_images 9 --decoder_dim 32 --decoder_depth 1 --mask_ratio 0.7
                --base_lr 0.64 --feature_ramp 0.5""".split()  # so the peak is 0.01
     flags += ["--mask", mask, "--inject", *inject, "--weighted_loss", weighted]
+    flags += ["--branch_init", scale]
     if momentum:
         flags += ["--momentum", 0, 0, momentum]
     call(train, *LOOP, *flags, "--out", tmp_path)
@@ -2227,6 +2229,10 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(
     torch.manual_seed(3)
     model = BootMAE(32, 8, **SIZES["nano"], decoder_dim=32, decoder_depth=1, inject=inject,
                     weighted_loss=bool(weighted))
+    for vit in model.encoder, model.teacher:  # their residual branches, and no decoder's
+        for block in vit.blocks:
+            block.attn.proj.weight.data *= scale
+            block.mlp.fc2.weight.data *= scale
     optimizer, shapes, losses = plain_optimizer(model, lambda name: 1), data.Shapes(9, 32), []
     for step, epoch, batch in plain_batches():
         images, masks = [], []

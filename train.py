@@ -49,16 +49,16 @@ RECIPES = {"imagenet": dict(  # as published, for ViT-B
 RECIPES["imagenet_large"] = RECIPES["imagenet"] | dict(
     model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999))
 RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
-    model="small", img_size=32, patch_size=4, decoder_dim=192, epochs=300, warmup_epochs=10,
-    batch_size=512, base_lr=5e-4, min_lr=0.0)
+    model="small", img_size=32, patch_size=4, branch_init=0.0, decoder_dim=192, epochs=300,
+    warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0)
 # Short runs: random masks, and lambda rises over the whole run
 RECIPES["photos"] = RECIPES["imagenet"] | dict(
-    model="nano", img_size=96, patch_size=12, decoder_dim=64, decoder_depth=1, mask="random",
-    mask_ratio=0.7, crop_scale=(0.4, 1.0), feature_ramp=1.0, epochs=60, warmup_epochs=2,
-    batch_size=32, base_lr=5e-3, min_lr=0.0)
+    model="tiny", img_size=96, patch_size=12, branch_init=0.0, decoder_dim=64, decoder_depth=1,
+    mask="random", mask_ratio=0.7, crop_scale=(0.4, 1.0), feature_ramp=1.0, epochs=60,
+    warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0)
 RECIPES["shapes"] = RECIPES["photos"] | dict(
-    img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=(0.6, 1.0), epochs=15, warmup_epochs=1,
-    batch_size=16, base_lr=16e-3)
+    model="nano", img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=(0.6, 1.0), epochs=15,
+    warmup_epochs=1, batch_size=16, base_lr=16e-3)
 
 
 def main(args: argparse.Namespace) -> None:
