@@ -711,7 +711,7 @@ def test_other_networks_are_refused_with_the_reason(files, tmp_path, change, wor
 
 @pytest.mark.parametrize("name, options, words", [
     ("encoder.pt", dict(pixels="0..1"), "signed or imagenet"),
-    ("gray.pt", dict(pixels="imagenet"), "gray.pt takes no pixels"),
+    ("gray.pt", dict(pixels="imagenet"), "gray.pt has 1 channels"),
     ("best.pt", dict(pixels="imagenet"), "leave --init_pixels imagenet out"),
     ("encoder.pt", dict(num_heads=3), "encoder.pt embed_dim 128 is not divisible by num_heads 3"),
     ("encoder.pt", dict(teacher=True), "holds no teacher"),
