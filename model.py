@@ -535,11 +535,10 @@ def load_vit(
         num_heads = num_heads or content.get("num_heads") or known.get((embed_dim, depth))
         if num_heads is None:
             raise ValueError(f"has {depth} blocks of width {embed_dim}, and none of model.py's "
-                             "SIZES has: give num_heads, which the file does not")
-        if "fc_norm.weight" not in state or "norm.weight" in state:
-            head = 0  # its head, if any, is not for the normalised mean of the patch tokens
-        else:
-            head = len(state.get("head.weight", ()))
+                             "SIZES has: give --num_heads (num_heads=)")
+        # A head on the CLS token, or after another norm, is none on the normalised mean token.
+        mean_head = "fc_norm.weight" in state and "norm.weight" not in state
+        head = len(state.get("head.weight", ())) if mean_head else 0
         grid = _find_grid(state["pos_embed"], img_size and patch_grid(img_size, patch_size))
         vit = ViT(img_size or tuple(n * patch_size for n in grid), patch_size, embed_dim, depth,
                   num_heads, head if num_classes is None else num_classes, drop_path,
@@ -550,9 +549,8 @@ def load_vit(
             note += "; positions interpolated from {} x {} to {} x {}".format(*grid, *vit.grid)
         if pixels == "imagenet":
             if signed or in_chans != 3:
-                raise ValueError("takes no pixels of ImageNet's mean and deviation: it is of this "
-                                 "project or the authors, or has not 3 channels; leave "
-                                 "--init_pixels imagenet out")
+                kind = "is this project's or the authors'" if signed else f"has {in_chans} channels"
+                raise ValueError(f"{kind}: leave --init_pixels imagenet out")
             _fold_imagenet(vit.patch_embed.proj)
             note += "; ImageNet's mean and deviation folded into the patch embedding"
         elif not signed:
@@ -591,27 +589,22 @@ def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool
 
     Also whether the file is surely this project's or the authors', whose pixels are in [-1, 1].
     """
-    wrappers = ["model", "state_dict", "module", "model_state_dict"]
-    found = [name for name in ["model_ema"] * teacher + wrappers
-             if isinstance(content.get(name), dict)]
+    wrappers = "model_ema" if teacher else "", "model", "state_dict", "module", "model_state_dict"
+    found = [name for name in wrappers if isinstance(content.get(name), dict)]
     state = content[found[0]] if found else content
     if not all(isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()):
         raise ValueError("holds no state_dict of a ViT")
     while len({key.split(".")[0] for key in state}) == 1 and all("." in key for key in state):
         state = {key.partition(".")[2]: x for key, x in state.items()}  # module., _orig_mod. etc.
-    for word, what in {
-        "patch_embeddings.": "has transformers' names: convert them to timm's, or take timm's file "
-                             "of the same model",
-        "features.encoder.": "is of a linear probe, whose top-1 is in log.jsonl beside it: give "
-                             "the encoder that it was trained on",
-    }.items():
-        if any(word in key for key in state):
-            raise ValueError(what)
+    if any("patch_embeddings." in key for key in state):
+        raise ValueError("has transformers' names: take timm's file of the model, or convert them")
+    if any(key.startswith("features.encoder.") for key in state):
+        raise ValueError("is of a linear probe: give the encoder that it was trained on")
     pretraining = "regressor.mask_token" in state  # a checkpoint.pt of train.py
     if pretraining:
         part = "teacher." if teacher else "encoder."
         state = {key.removeprefix(part): x for key, x in state.items() if key.startswith(part)}
-    if teacher and not (state if pretraining else found[:1] == ["model_ema"]):
+    if teacher and not (state if pretraining else "model_ema" in found):
         raise ValueError("holds no teacher (no teacher.* and no model_ema): leave --teacher out")
     theirs = any(key.endswith("attn.q_bias") for key in state)
     state = _merge_biases(state)
@@ -655,8 +648,8 @@ def _copy(state: dict[str, Tensor], vit: ViT, head: int) -> str:
     for key in sorted(new):
         if not key.startswith(("norm.", "fc_norm.", "head.")):
             shape = tuple(state[key].shape) if key in state else "missing"
-            raise ValueError(f"fits no ViT: {key} is {shape}, in a plain ViT of this width and "
-                             f"depth {tuple(own[key].shape)}")
+            raise ValueError(f"fits no ViT: {key} is {shape}; a plain ViT of this width has "
+                             f"{tuple(own[key].shape)}")
     vit.load_state_dict(loaded, strict=False)
     left_out, new = (", ".join(sorted({key.split(".")[0] for key in keys})) or "nothing"
                      for keys in (left_out, new))
