@@ -1563,6 +1563,25 @@ def test_curves_leave_out_what_is_missing_or_not_finite():
     assert train.draw_curves(log).size == (2 * 440, 300)
 
 
+def test_a_collapse_of_the_teacher_is_seen(tmp_path, capsys, monkeypatch):
+    """From the second epoch on, its tokens are made the same everywhere."""
+    near(train.effective_rank(torch.eye(8)[:5] * 3), 5.0, atol=1e-4)
+    near(train.effective_rank(torch.ones(9, 8)), 1.0, atol=1e-4)
+    count, follow = itertools.count(), BootMAE.update_teacher
+
+    def collapse(model, momentum):
+        follow(model, momentum)
+        if next(count) >= 6:
+            model.teacher.pos_embed.zero_()
+            model.teacher.patch_embed.proj.weight.data.zero_()
+
+    monkeypatch.setattr(BootMAE, "update_teacher", collapse)
+    call(train, *TRAIN, "--out", tmp_path, "--picture_every", 1)
+    first, *others = (line["teacher_rank"] for line in read_log(tmp_path))
+    assert first > 2 and others == pytest.approx([1, 1], abs=0.1)
+    assert capsys.readouterr().out.count("warning: teacher_rank fell") == 1
+
+
 def test_pretraining_from_a_file_starts_encoder_and_teacher(unbroken, capsys):
     flags = [*TRAIN, "--init", unbroken / "encoder.pt"]
     args = train.parse_args(list(map(str, flags)))

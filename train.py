@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
                 picture, quality = draw_reconstructions(model, gallery, run)
                 run.save_picture(picture, f"epoch_{epoch:04d}.png")
                 values |= quality
-                warn_of_collapse(values, run)
+                warn_of_collapse(quality.get("teacher_rank", math.inf), run)
             run.log_epoch(epoch, values, done)
             meter.reset()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
@@ -303,13 +303,12 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def warn_of_collapse(values: dict[str, float], run: "Run") -> None:
-    """Say so when the teacher's features fill less than half of the directions that they did."""
-    rank = values.get("teacher_rank", math.inf)
-    best = max((line.get("teacher_rank", 0) for line in run.log), default=0)
-    if rank < best / 2:
-        run.print(f"warning: teacher_rank fell from {best:.1f} to {rank:.1f}, so the features may "
-                  "be collapsing; --branch_init 0, --mask random or --feature_ramp 1 may help")
+def warn_of_collapse(rank: float, run: "Run") -> None:
+    """Say so when the teacher's features come to fill less than half of their most directions."""
+    ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line]
+    if ranks and rank < max(ranks) / 2 <= ranks[-1]:
+        run.print(f"warning: teacher_rank fell from {max(ranks):.1f} to {rank:.1f}: they may be "
+                  "collapsing; --branch_init 0, --mask random and --feature_ramp 1 help")
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
