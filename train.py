@@ -307,8 +307,8 @@ def warn_of_collapse(rank: float, run: "Run") -> None:
     """Say so when the teacher's features come to fill less than half of their most directions."""
     ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line]
     if ranks and rank < max(ranks) / 2 <= ranks[-1]:
-        run.print(f"warning: teacher_rank fell from {max(ranks):.1f} to {rank:.1f}: they may be "
-                  "collapsing; --branch_init 0, --mask random and --feature_ramp 1 help")
+        run.print(f"warning: teacher_rank fell from {max(ranks):.1f} to {rank:.1f}, a sign of "
+                  "collapse; --branch_init 0, --mask random and --feature_ramp 1 help")
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
