@@ -1392,14 +1392,15 @@ TUNE = [*TINY, "--labels_per_class", 4, "--num_val", 60]
 AUGMENTED = "--drop_path 0.2 --mixup 0.8 --cutmix 1 --rand_augment 9 --erasing 0.25".split()
 
 
-def launch(*command, processes=1, **kwargs):
+def launch(*command, processes=1, out=subprocess.PIPE, start_new_session=False, **environment):
     """Start a script as a user would; output comes back as text."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE} | environment
     return subprocess.Popen([*launcher, *map(str, command)], cwd=HERE, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                            stdout=out, stderr=subprocess.PIPE,
+                            start_new_session=start_new_session)
 
 
 def finish(process):
@@ -1861,6 +1862,118 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
+    """The lock goes with the process that holds it, whatever ends it."""
+    hold = f"""if True:
+        import fcntl
+        file = open({str(finished / ".lock")!r}, "w")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        print("held", flush=True)
+        input()"""
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True)
+    assert holder.stdout.readline() == "held\n"
+    flags = [*TRAIN, "--out", finished, "--epochs", 4]
+    assert "is in use by another run" in refused(capsys, train, *flags)
+    holder.kill()
+    holder.wait()
+    call(train, *flags)
+    assert len(read_log(finished)) == 4
+
+
+@pytest.mark.parametrize("module, mode", [(train, []), (finetune, []), (finetune, ["--linear"])])
+def test_a_start_that_is_gone_is_not_missed(unbroken, tmp_path, capsys, module, mode):
+    shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
+    flags = [*(TRAIN if module is train else TUNE), *mode, "--out", tmp_path / "out"]
+    flags += ["--init", tmp_path / "start.pt", "--epochs"]
+    call(module, *flags, 1)
+    (tmp_path / "start.pt").unlink()
+    call(module, *flags, 2)
+    assert "going on from" in capsys.readouterr().out
+    assert len(read_log(tmp_path / "out")) == 2
+
+
+def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(shapes_folder(tmp_path / "photos", 8))
+    for out in ".", "output/x", tmp_path / "photos":
+        assert "lies inside" in refused(capsys, train, *TINY, "--data", ".", "--out", out)
+    assert len(os.listdir(".")) == 8
+
+
+@pytest.mark.parametrize("left", [dict(RANK="0"), dict(WORLD_SIZE="2"), dict(LOCAL_RANK="1"), dict(
+    RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="two", MASTER_ADDR="x")], ids=str)
+def test_a_part_of_torchruns_environment_is_refused(tmp_path, capsys, monkeypatch, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    line = refused(capsys, train, *TRAIN, "--out", tmp_path / "out")
+    assert "start with torchrun" in line and all(n in line for n in left if n != "MASTER_ADDR")
+
+
+def test_fresh_removes_the_old_runs_pictures(finished):
+    (finished / "epoch_0099.png").touch()
+    (finished / "checkpoint.pt.1.tmp").touch()
+    (finished / "notes.txt").touch()
+    call(train, *TRAIN, "--out", finished, "--fresh", "--epochs", 1)
+    there = set(os.listdir(finished))
+    assert {"notes.txt", "epoch_0001.png"} <= there
+    assert not {"epoch_0003.png", "epoch_0099.png", "checkpoint.pt.1.tmp"} & there
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "--accum_steps"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--accum_steps"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+    (RuntimeError("unable to open shared memory object </torch_1> in read-write"), "--ipc=host"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in cpp"), "--compile needs"),
+    (OSError("Caught OSError in DataLoader worker process 0.\n  File x\nOSError: [Errno 5] I/O"),
+     "test: OSError: [Errno 5] I/O"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, words):
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit, match="1"):
+        train.launch(MagicMock(side_effect=error), None)
+    line, = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_closed_or_narrow_stdout_does_not_end_a_run(tmp_path):
+    """`| head` closes it; in many containers it has no letters but ASCII's."""
+    read, write = os.pipe()
+    os.close(read)
+    folder = class_folders(tmp_path / "a", train="äpfel 梨", val="äpfel")
+    flags = [*FOLDERS, "--scratch", "--data", folder, "--out", tmp_path / "out"]
+    process = launch("finetune.py", *flags, out=write, PYTHONIOENCODING="ascii")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "out" / "best.pt").exists() and "Traceback" not in err
+
+
+def test_machines_without_affinity_run_on_the_cpu(monkeypatch):
+    """As macOS is."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert train.Run(train.parse_args([])).workers == 1
+
+
+def test_signals_are_as_before_after_a_run(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    args = [*TRAIN, "--epochs", 1, "--num_images", 8, "--out", tmp_path]
+    train.main(train.parse_args(list(map(str, args))))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_heads_and_pixels_of_a_file_arrive(unbroken, tmp_path, module):
+    """2 heads, not 4, and ImageNet's pixels in the patch embedding. A rate of 0 keeps weights."""
+    flags = [*(TRAIN if module is train else TUNE), "--init", unbroken / "encoder.pt"]
+    flags += ["--num_heads", 2, "--init_pixels", "imagenet", "--epochs", 1, "--out", tmp_path]
+    call(module, *flags, "--base_lr", 0)
+    start, name = load(unbroken / "encoder.pt"), "patch_embed.proj.weight"
+    found = load(tmp_path / ("encoder.pt" if module is train else "best.pt"))
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    near(found.get("model", found)[name], start[name] * 0.5 / std)
+    if module is finetune:
+        assert load_vit(tmp_path / "best.pt").blocks[0].attn.num_heads == 2
+
+
 # --------------------------------------------------------------------------------------------------
 # finetune.py
 
@@ -1962,6 +2075,7 @@ FOLDERS = [*TINY, "--batch_size", 2, "--epochs", 1, "--labels_per_class", 0]
     (dict(train="cat dog"), "no val/"), (dict(val="cat dog"), "no train/"),
     (dict(train="cat dog", val="cat cow"), "cow"),
     (dict(train="cat dog .", val="cat"), "is in no class folder"),
+    (dict(train="cat", val="cat"), "is there a folder too many?"),
 ], ids=str)
 def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words):
     flags = ["--data", class_folders(tmp_path / "a", **sets), "--out", tmp_path / "out"]
@@ -2143,6 +2257,26 @@ def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
     names = "a b", "a\n b", "W" * 30
     a, b, long = (finetune.contact_sheet([(image, [name], "black")]) for name in names)
     assert a == b and (np.asarray(long)[:, 156:] == 255).all()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_features_of_a_folder(unbroken, tmp_path, capsys, depth):
+    folder = class_folders(tmp_path / "a", x="cat dog")
+    (folder / "x" / "cat" / "1.png").write_text("no image")
+    flags = ["--init", unbroken / "encoder.pt", "--features", folder, "--depth", depth]
+    call(finetune, *flags, "--workers", 0, "--amp", "off", "--out", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "5 of 6 images" in said.out and said.err.count("cat/1.png") == 1
+    with np.load(tmp_path / "out" / "features.npz") as table:
+        files, features = table["files"], table["features"]
+    assert features.dtype == np.float32 and list(files) == [
+        f"x/{name}.png" for name in ("cat/0", "cat/2", "dog/0", "dog/1", "dog/2")]
+    encoder = load_vit(unbroken / "encoder.pt")
+    for file, row in zip(files, features):
+        image = data.to_tensor(data.center_crop(Image.open(folder / file), 32, 1))
+        patches = patchify(data.scale_pixels(image[None]), 8)
+        tokens = encoder.encode(patches, taps=(depth or 4,))[1][depth or 4][0, 1:]
+        near(torch.tensor(row), layer_norm(sum(tokens) / 16).detach(), atol=1e-5)
 
 
 def test_predictions(tmp_path, capsys):
