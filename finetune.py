@@ -49,15 +49,15 @@ RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
     model="small", img_size=32, patch_size=4, branch_init=0.0, batch_size=512, lr=1e-3,
     warmup_epochs=5, layer_decay=0.75, model_ema=0.999, crop_scale=(0.4, 1.0), crop_ratio=1.0)
 # Few images and a small network: no augmentation but crop and flip
-PLAIN = dict(drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0)
-RECIPES["photos"] = RECIPES["cifar10"] | PLAIN | dict(
+NO_AUGMENTATION = dict(drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, erasing=0.0)
+RECIPES["photos"] = RECIPES["cifar10"] | NO_AUGMENTATION | dict(
     model="tiny", img_size=96, patch_size=12, batch_size=32, epochs=40, warmup_epochs=4,
     model_ema=0.99)
 RECIPES["shapes"] = RECIPES["photos"] | dict(
     model="nano", img_size=64, patch_size=8, lr=2e-3, crop_scale=(0.6, 1.0), labels_per_class=20)
 
 # The linear probe of the paper, which LARS trains
-PROBE = PLAIN | dict(lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90,
+PROBE = NO_AUGMENTATION | dict(lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90,
                      batch_size=16384, weight_decay=0.0, smoothing=0.0, model_ema=0.0)
 PROBES = {name: RECIPES[name] | PROBE | own for name, own in {
     "imagenet": dict(depth=9),
@@ -69,7 +69,7 @@ PROBES = {name: RECIPES[name] | PROBE | own for name, own in {
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fine-tuning, and the linear probe, whose loop is the same; other modes end early."""
+    """Fine-tuning, and the linear probe, whose loop is the same; other modes return early."""
     run = train.Run(args)
     if args.mode in ("predict", "features"):
         return describe_folder(run)
@@ -95,18 +95,16 @@ def main(args: argparse.Namespace) -> None:
         optimizer = torch.optim.AdamW(groups, betas=args.betas, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16)
     meter = train.Meter(run, "loss")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
+    saved = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     if args.model_ema:
-        parts["average"] = copy.deepcopy(model).requires_grad_(False)
-    average = parts.get("average")
+        saved["average"] = copy.deepcopy(model).requires_grad_(False)
+    average = saved.get("average")
 
     images = f"{source.fingerprint} to train, {held_out.fingerprint} to validate"
-    start = run.start(parts, total_steps, images)
+    start = run.start(saved, total_steps, images)
     # The processes' BatchNorm statistics are kept alike by taking those of rank 0.
     network = run.wrap(model, broadcast_buffers=args.mode == "linear")
-    order = data.Batches(len(source), args.batch_size, args.epochs, args.seed, start,
-                         args.accum_steps, run.rank, run.world_size)
-    batches = iter(run.loader(samples, order))
+    batches = run.batches(samples, start)
 
     model.train()
     for step in run.steps(start, total_steps):
@@ -125,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
                 images = data.random_erasing(images, args.erasing, rng=rng)
             images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
                 images, labels, num_classes, args.mixup, args.cutmix, args.smoothing, rng)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # when DDP averages
+            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: the last part
             with run.autocast():
                 logits = network(images)                # (b, num_classes)
             loss = F.cross_entropy(logits.float(), targets)
@@ -155,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
             run.log_epoch(epoch, values, done)
             meter.reset()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
-            run.save_checkpoint(parts, done)
+            run.save_checkpoint(saved, done)
         if stop:
             run.stop(done)
     if (best := best_top1(run.log)) >= 0:
@@ -239,7 +237,7 @@ def to_device(images: Tensor, run: train.Run) -> Tensor:
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts (3,) of images: those whose label has the highest score, or one of the best five; all.
+    """Counts (3,): images whose label has the highest score, one of the best five, and all images.
 
     scores (b, num_classes), labels (b,) int64.
     """
@@ -351,7 +349,7 @@ def extract(model: nn.Module, samples: data.Samples, run: train.Run) -> tuple[Te
     for images, labels in eval_batches(samples, run):
         with run.autocast():
             batches.append((model(to_device(images, run)).float().cpu(), labels))
-    if not batches:  # fewer images than processes
+    if not batches:  # this share has no image
         width = model(torch.zeros(1, 3, *[run.args.img_size] * 2, device=run.device)).shape[1]
         return torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
     return tuple(map(torch.cat, zip(*batches)))
@@ -393,9 +391,10 @@ def describe_folder(run: train.Run) -> None:
     folder = args.predict or args.features
     with train.one_line_errors():
         source = data.ImageFolder(folder)
-        source.labels = np.arange(len(source))  # they then say which images a batch holds
+        run.check_folders(folder)
+        source.labels = np.arange(len(source))  # image numbers, to match outputs with files
         model = build_model(run).to(run.device)
-    run.take_out()
+    run.claim_out()
     shares = run.gather([extract(model, eval_samples(source, args), run)])
     outputs, indices = map(torch.cat, zip(*shares))                          # (n, D), (n,)
     indices, order = indices.sort()
@@ -423,7 +422,7 @@ def describe_folder(run: train.Run) -> None:
     tiles = []
     for n in sorted(random.Random(0).sample(range(len(files)), min(32, len(files)))):
         view, = eval_view(source.open(indices[n]), None, args)
-        tiles.append((view, [percentage(*answers[n][0]), os.path.basename(files[n])], "black"))
+        tiles.append((view, [caption(*answers[n][0]), os.path.basename(files[n])], "black"))
     run.save_picture(contact_sheet(tiles), "predictions.png")
     run.print(f"{len(files)} of {len(source)} images classified; {args.out} holds predictions.csv "
               "and predictions.png")
@@ -442,14 +441,14 @@ def draw_predictions(model: nn.Module, samples: data.Samples, run: train.Run) ->
     model.train()
     tiles = []
     for image, label, value, answer in zip(images, labels, values.tolist(), answers.tolist()):
-        lines = [percentage(classes[answer], value)]
+        lines = [caption(classes[answer], value)]
         if answer != label:
             lines.append(f"is {classes[label]}")
         tiles.append((image, lines, "green" if answer == label else "red"))
     return contact_sheet(tiles)
 
 
-def percentage(name: str, value: float) -> str:
+def caption(name: str, value: float) -> str:
     """A class and its probability, short enough for a tile: a long name loses its end."""
     return f"{name if len(name) <= 14 else name[:12] + '..'} {100 * value:.0f} %"
 
@@ -538,20 +537,20 @@ def build_model(run: train.Run, num_classes: int | None = None) -> nn.Module:
         args.sizes = dict(SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
         args.sizes["num_heads"] = args.num_heads or args.sizes["num_heads"]
     elif run.resumes and not os.path.exists(args.init):  # the checkpoint has all of its weights
-        args.sizes = read_file(run.checkpoint).get("settings", {}).get("sizes")
-    if args.sizes:
+        args.sizes = read_file(run.checkpoint)["settings"]["sizes"]
+        args.sizes["img_size"] = args.img_size or args.sizes["img_size"]
+    if args.sizes is not None:
         model = ViT(**args.sizes, num_classes=new_head, drop_path=drop_path,
-                    branch_init=args.branch_init)
+                    branch_init=args.branch_init if args.scratch else 1.0)
     else:
         if not os.path.exists(args.init):
             raise ValueError(f"--init: there is no {args.init}; run train.py, name a file, or take "
                              "--scratch for random weights")
         model = load_vit(args.init, args.img_size, new_head, drop_path, args.teacher,
                          args.num_heads, args.init_pixels, run.print)
-        args.sizes = dict(
-            img_size=model.grid[0] * model.patch_size, patch_size=model.patch_size,
-            embed_dim=model.cls_token.shape[2], depth=len(model.blocks),
-            num_heads=model.blocks[0].attn.num_heads)
+        if model.grid[0] != model.grid[1]:
+            raise ValueError(f"{args.init} is for images that are not square: give --img_size")
+        args.sizes = model.sizes | dict(img_size=model.grid[0] * model.patch_size)
     args.img_size = args.sizes["img_size"]
     if (channels := model.patch_embed.proj.in_channels) != 3:
         raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")
@@ -587,19 +586,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     integer, real = train.integer, train.real
     parser = train.make_parser(__doc__, RECIPES["imagenet"])
     add = parser.add_argument
-    add("--data", type=train.path, help="folder with train/ and val/ or test/; without it, shapes")
+    add("--data", type=train.nonempty, help="folder with train/ and val/ or test/; not given: shapes")
     add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
     add_start = parser.add_mutually_exclusive_group().add_argument
-    add_start("--init", type=train.path, help="file with weights (output/RECIPE/encoder.pt)")
+    add_start("--init", type=train.nonempty, help="file with weights (output/RECIPE/encoder.pt)")
     add_start("--scratch", action="store_true", help="random weights instead of --init")
     add("--teacher", action="store_true", help="--init: the teacher's weights, not the student's")
     add_mode = parser.add_mutually_exclusive_group().add_argument
     add_mode("--linear", action="store_true", help="train a linear layer on the frozen encoder")
     add_mode("--knn", action="store_true", help="classify by nearest neighbours; no training")
     add_mode("--eval", action="store_true", help="only evaluate the classifier in --init")
-    add_mode("--predict", metavar="DIR", type=train.path,
+    add_mode("--predict", metavar="DIR", type=train.nonempty,
              help="classify all images in a folder with the classifier in --init")
-    add_mode("--features", metavar="DIR", type=train.path,
+    add_mode("--features", metavar="DIR", type=train.nonempty,
              help="write the features of all images in a folder to features.npz")
     add("--neighbours", type=integer(1), default=20, help="--knn: how many")
     add("--model", choices=SIZES, help="--scratch: size of the network; otherwise the file's")
@@ -632,6 +631,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_val", type=integer(1), default=1200, help="how many built-in validation images")
     add("--eval_every", type=integer(1), default=1, help="epochs between evaluations")
     given = train.parse(parser, RECIPES["imagenet"], argv)
+    if given["predict"] or given["features"]:
+        given["recipe"] = given["recipe"] or "imagenet"  # for its crop, if the file has none
     args = train.fill_in(given, PROBES if given["linear"] else RECIPES)
 
     modes = "linear", "knn", "eval", "predict", "features"
@@ -646,6 +647,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if "model" in given or "patch_size" in given:
             train.fail("--model and --patch_size are for --scratch: with --init the file decides "
                        f"({args.init})")
+        args.model = args.patch_size = args.branch_init = None
         args.img_size = given.get("img_size")
     if args.mode in ("eval", "predict", "features"):
         args.crop_ratio = given.get("crop_ratio")  # None: what the classifier was trained with

@@ -232,6 +232,8 @@ class ViT(nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         self.patch_size, self.grid = patch_size, patch_grid(img_size, patch_size)
+        self.sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim,
+                          depth=depth, num_heads=num_heads, in_chans=in_chans)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_positions(embed_dim, self.grid))

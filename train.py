@@ -51,7 +51,8 @@ RECIPES["imagenet_large"] = RECIPES["imagenet"] | dict(
 RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
     model="small", img_size=32, patch_size=4, branch_init=0.0, decoder_dim=192, epochs=300,
     warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0)
-# Short runs: random masks, and lambda rises over the whole run
+# In a few thousand steps, residual branches must start small for twelve blocks to learn, single
+# patches are easier to predict than large holes, and the teacher is worth imitating late.
 RECIPES["photos"] = RECIPES["imagenet"] | dict(
     model="tiny", img_size=96, patch_size=12, branch_init=0.0, decoder_dim=64, decoder_depth=1,
     mask="random", mask_ratio=0.7, crop_scale=(0.4, 1.0), feature_ramp=1.0, epochs=60,
@@ -79,12 +80,10 @@ def main(args: argparse.Namespace) -> None:
         return benchmark(model, optimizer, scaler, samples, run)
 
     meter = Meter(run, "pixel_loss", "feature_loss")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-    start = run.start(parts, total_steps, source.fingerprint)
+    saved = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
+    start = run.start(saved, total_steps, source.fingerprint)
     network = run.wrap(model)
-    order = data.Batches(len(source), args.batch_size, args.epochs, args.seed, start,
-                         args.accum_steps, run.rank, run.world_size)
-    batches = iter(run.loader(samples, order))
+    batches = run.batches(samples, start)
     # Each picture shows the same eight images, crops and masks.
     gallery = [samples[i] for i in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
@@ -98,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         for part in range(args.accum_steps):
             images, mask, _ = next(batches)                      # uint8 (b, 3, H, W), bool (b, N)
             images = data.scale_pixels(images.to(device, non_blocking=True))  # float (b, 3, H, W)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # when DDP averages
+            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: the last part
             with run.autocast():
                 # The mask stays on the CPU, so validating it needs no GPU sync.
                 out = network(images, mask)
@@ -106,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
             scaler.scale(loss / args.accum_steps).backward()
             meter.add(out.pixel_loss, out.feature_loss)
 
-        # Encoder and decoders take a step, and the teacher follows the encoder.
+        # One optimizer step; then the teacher moves towards the encoder.
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -131,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
             meter.reset()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
             run.save_weights(model.encoder, "encoder.pt")
-            run.save_checkpoint(parts, done)
+            run.save_checkpoint(saved, done)
         if stop:
             run.stop(done)
     run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and "
@@ -176,14 +175,14 @@ def draw_masks(batch: int, generator: torch.Generator, args: argparse.Namespace,
 
 
 def open_images(args: argparse.Namespace, run: "Run"):
-    """The images to train on, a source of `data.Samples`. ValueError if they don't fill a batch."""
+    """The images to train on, a source of `data.Samples`. ValueError if they are too few."""
     run.check_folders(args.data)
     built_in = args.num_images or 2400
     source = data.ImageFolder(args.data) if args.data else data.Shapes(built_in, args.img_size)
     if 0 < args.num_images < len(source):
         chosen = random.Random(args.seed).sample(range(len(source)), args.num_images)
         source = data.Subset(source, chosen)
-    # ImageNet's recipes are for hundreds of steps an epoch; with a few they teach nothing.
+    # ImageNet's recipes learn nothing with a few steps an epoch.
     least = args.batch_size * (10 if args.recipe.startswith("imagenet") else 1)
     if len(source) < least and not args.benchmark:
         raise ValueError(
@@ -207,14 +206,13 @@ def build_model(args: argparse.Namespace, run: "Run") -> BootMAE:
         raise ValueError(f"--mask_ratio {args.mask_ratio}: of {num_patches} patches at least one "
                          "must be masked and one visible")
     if args.init and not run.resumes:
-        vit = load_vit(args.init, args.img_size, num_classes=0, num_heads=sizes["num_heads"],
+        vit = load_vit(args.init, args.img_size, num_classes=0, num_heads=args.num_heads,
                        pixels=args.init_pixels, report=run.print)
-        found = dict(embed_dim=vit.cls_token.shape[2], depth=len(vit.blocks),
-                     patch_size=vit.patch_size)
-        for name, wanted in dict(sizes, patch_size=args.patch_size).items():
-            if found.get(name, wanted) != wanted:
-                raise ValueError(f"--init {args.init} has {name} {found[name]}, and the flags ask "
-                                 f"for {wanted}: choose --model and --patch_size to match")
+        for name, wanted in model.encoder.sizes.items():
+            if vit.sizes[name] != wanted:
+                raise ValueError(f"--init {args.init} has {name} {vit.sizes[name]}, and the flags "
+                                 f"ask for {wanted}: choose --model, --patch_size, --num_heads to "
+                                 "match")
         model.encoder.load_state_dict(vit.state_dict())
         if model.teacher is not None:
             model.teacher.load_state_dict(vit.state_dict())
@@ -239,11 +237,10 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple],
                          run: "Run") -> tuple[Image.Image, dict[str, float]]:
     """A picture of the model's predictions for some samples, and figures of their quality.
 
-    The target leaves out a patch's mean and contrast, so "prediction" has the true ones. "no
-    prediction" shows the true mean alone, as a model that predicts zeros would. psnr and
-    psnr_nothing compare the masked patches of the two with the original. "teacher features" are
-    three principal components, after the mean over the images is subtracted at each place;
-    teacher_rank is the `effective_rank` of the features.
+    "no prediction" fills a masked patch with its true mean, and "prediction" adds the predicted
+    pattern, scaled by the true deviation; psnr_nothing and psnr compare the two with the original.
+    "teacher features" are three principal components, after the mean over the images is subtracted
+    at each place. teacher_rank is the `effective_rank` of the features.
     """
     images, masks, _ = torch.utils.data.default_collate(gallery)
     images = data.scale_pixels(images).to(run.device)                          # (B, 3, H, W)
@@ -304,7 +301,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def warn_of_collapse(rank: float, run: "Run") -> None:
-    """Say so when the teacher's features come to fill less than half of their most directions."""
+    """Warn when teacher_rank falls below half of its highest value in the log so far."""
     ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line]
     if ranks and rank < max(ranks) / 2 <= ranks[-1]:
         run.print(f"warning: teacher_rank fell from {max(ranks):.1f} to {rank:.1f}, a sign of "
@@ -326,7 +323,8 @@ def draw_curves(log: list[dict]) -> Image.Image:
     for place, (name, points) in enumerate(curves.items()):
         x0, values = 440 * place + left, [value for _, value in points]
         room = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0])
-        low, high = max(min(values) - room, min(*values, 0)), max(values) + room  # 0 at the lowest
+        high = max(values) + room
+        low = max(min(values) - room, min(*values, 0))  # below 0 only for a value below 0
         text((x0, 10), f"{name}  {values[-1]:.4g}", font_size=18)
         for tick in range(5):
             y = top + h * tick / 4
@@ -404,7 +402,7 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         (out.pixel_loss + out.feature_loss).backward()
     gflop = counter.get_total_flops() / 1e9
 
-    torch.set_num_threads(1)  # as a worker has it
+    torch.set_num_threads(1)  # as many as a loading worker has
     began, loaded = time.time(), 0
     while time.time() - began < 2:
         samples[loaded]
@@ -441,9 +439,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, RECIPES["imagenet"])
     add = parser.add_argument
     switch = dict(type=int, choices=(0, 1))
-    add("--data", type=path, help="folder of images, at any depth; without it, built-in images")
+    add("--data", type=nonempty, help="folder of images, at any depth; without it, built-in images")
     add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
-    add("--init", type=path, help="start from the encoder in this file, of any known kind")
+    add("--init", type=nonempty, help="start from the encoder in this file, of any known kind")
     add("--num_images", type=integer(0), default=0, help="how many (0: all; 2,400 if built in)")
     add("--model", choices=SIZES, help="size of the encoder")
     add("--img_size", type=integer(1), help="side of the square input")
@@ -494,8 +492,8 @@ def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
         epilog="Defaults are those of --recipe imagenet; RECIPES in the script has them all.")
     parser.error = lambda message: fail(message.removeprefix("argument "))  # in one line
     add = parser.add_argument
-    add("--out", type=path, help="folder for all that is written; without it, one in output/")
-    add("--fresh", action="store_true", help="start over; an old run in --out is removed")
+    add("--out", type=nonempty, help="folder for all that is written; without it, one in output/")
+    add("--fresh", action="store_true", help="start over: the old checkpoint and log in --out go")
     add("--init_pixels", choices=("signed", "imagenet"), default="signed",
         help="--init: the file expects pixels of -1 .. 1, or scaled by ImageNet's mean and "
              "deviation (MAE, DeiT, DINO)")
@@ -510,12 +508,12 @@ def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
         help="precision; auto: bf16 where the hardware has it, else fp16 on a GPU and off on a CPU")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--save_every", type=integer(1), default=1, help="epochs between checkpoints")
-    add("--log_every", type=integer(1), default=20, help="steps between looks at the losses")
+    add("--log_every", type=integer(1), default=20, help="steps between readings of the losses")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, recipe: dict, argv: list[str] | None) -> dict:
-    """The flags that were given, by name, and the defaults of those that are in no recipe."""
+    """The flags that were given, and the defaults of those that no recipe sets, by name."""
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(parser.parse_args(argv)).items()
             if value is not None or name not in recipe}
@@ -534,13 +532,13 @@ def fill_in(given: dict, recipes: dict[str, dict]) -> argparse.Namespace:
     return args
 
 
-def path(text: str) -> str:
+def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty: name a file or folder, or leave it out")
     return text
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number of this kind from `low` to `high`."""
 
     def parse_number(text: str) -> float:
@@ -554,7 +552,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse_number
 
 
-integer, real = functools.partial(number, int), functools.partial(number, float)
+integer, real = functools.partial(bounded, int), functools.partial(bounded, float)
 
 
 def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
@@ -597,8 +595,8 @@ MAY_CHANGE = set("""
 class Run:
     """Processes, device, precision, files and signals of a training run.
 
-    The loop calls a Run; a Run never calls the loop. All processes must make the same calls in the
-    same order, because many of the calls wait for the other processes.
+    A script's main() owns the loop and calls these methods; there are no callbacks. All processes
+    must make the same calls in the same order, because many of them wait for the other processes.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -606,7 +604,7 @@ class Run:
         names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"  # as torchrun sets them
         values = [os.environ.get(name, "") for name in names]
         if not any(values):
-            values = "0011"
+            values = 0, 0, 1, 1
         elif not all(map(str.isdigit, values)) or "MASTER_ADDR" not in os.environ:
             found = ", ".join(filter(os.environ.get, names))
             fail(f"the environment has {found}, but not all that torchrun sets: unset these, or "
@@ -649,9 +647,6 @@ class Run:
             except OSError:  # what is left in its buffer goes nowhere, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def print_values(self, title: str, values: dict) -> None:
-        self.print("  ".join([title, *(f"{name} {value:.5g}" for name, value in values.items())]))
-
     # ---- before the loop
 
     def check_batch(self) -> None:
@@ -671,7 +666,7 @@ class Run:
                              "be taken for images of the data: give --out another folder")
 
     def join(self) -> None:
-        """Meet the other processes: over nccl for CUDA tensors, over gloo for the flag to stop."""
+        """Meet the other processes: nccl carries CUDA tensors, gloo others, as the stop flag."""
         if self.world_size > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with one_line_errors():
@@ -682,8 +677,8 @@ class Run:
             store = dist.PrefixStore(self.restarts, store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
-    def start(self, parts: dict, total_steps: int, images: str) -> int:
-        """Join the other processes, take --out, and load its checkpoint, if any, into `parts`.
+    def start(self, saved: dict, total_steps: int, images: str) -> int:
+        """Join the other processes, take --out, and load its checkpoint, if any, into `saved`.
 
         images: the fingerprint of the data. Returns the number of steps that are done.
         """
@@ -694,8 +689,8 @@ class Run:
             with open(self.args.init, "rb") as file:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
             self.settings["init"] = f"with weights {digest[:8]}"
-        self.take_out()
-        step = self.load(parts) if self.resumes else 0
+        self.claim_out()
+        step = self.load(saved) if self.resumes else 0
         seen = self.gather([(step, images)])
         if len(set(seen)) > 1:  # they would wait for one another for ever
             fail(f"processes disagree on steps done and images: {sorted(set(seen))}; --out must be "
@@ -707,13 +702,16 @@ class Run:
             self.print("this run is finished; --fresh starts it over, more --epochs make it longer")
         else:
             self.save(json.dumps(vars(self.args), indent=1).encode(), "config.json")
-            self.save_log()  # a kill may have left a line more than the checkpoint knows of
+            self.save_log()  # a killed run may have logged an epoch after its checkpoint
             self.print(json.dumps(vars(self.args)))
         self.began, self.began_step = time.time(), step
         return step
 
-    def take_out(self) -> None:
-        """Create --out and lock it, so that no other run writes there; with --fresh, empty it."""
+    def claim_out(self) -> None:
+        """Create --out and lock it, so that no other run writes there.
+
+        With --fresh, remove the old checkpoint, log and pictures, but not the old weights.
+        """
         if not self.is_main:
             return
         try:
@@ -736,8 +734,8 @@ class Run:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.args.out, name))
 
-    def load(self, parts: dict) -> int:
-        """Load the checkpoint into `parts`; returns its step. Ends if it is of another run."""
+    def load(self, saved: dict) -> int:
+        """Load the checkpoint into `saved`; returns its step. Ends if it is of another run."""
         with one_line_errors():
             checkpoint = read_file(self.checkpoint)
         try:
@@ -748,7 +746,7 @@ class Run:
                 words = [f"--{name} {was.get(name)} (now {now.get(name)})" for name in changed]
                 fail(f"{self.checkpoint} was trained with {', '.join(words)}: give the same, or "
                      "another --out, or --fresh")
-            for name, part in parts.items():
+            for name, part in saved.items():
                 if name == "average":  # one that is new starts as the model
                     part.load_state_dict(checkpoint.get(name, checkpoint["model"]))
                 elif name == "optimizer":  # its moments; its settings are this call's
@@ -765,7 +763,7 @@ class Run:
         return step
 
     def wrap(self, model: nn.Module, broadcast_buffers: bool = False) -> nn.Module:
-        """`model`, wrapped in DDP and torch.compile if asked for. Training it trains `model`."""
+        """`model` in DDP and torch.compile, if asked for; the wrapper shares its parameters."""
         if self.world_size > 1:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
@@ -779,28 +777,35 @@ class Run:
             samples, batch_sampler=batches, num_workers=self.workers,
             pin_memory=self.device.type == "cuda", worker_init_fn=_ignore_signals)
 
+    def batches(self, samples: data.Samples, start: int) -> Iterator[tuple]:
+        """This process's batches of all epochs, from step `start` on."""
+        args = self.args
+        order = data.Batches(len(samples), args.batch_size, args.epochs, args.seed, start,
+                             args.accum_steps, self.rank, self.world_size)
+        return iter(self.loader(samples, order))
+
     # ---- in the loop
 
     def steps(self, start: int, total_steps: int) -> Iterator[int]:
         """Numbers of the steps to do, behind a progress bar. Signals wait until a step is done."""
-        old = {number: signal.signal(number, self._on_signal)
-               for number in (signal.SIGTERM, signal.SIGINT)}
+        old = {signum: signal.signal(signum, self._on_signal)
+               for signum in (signal.SIGTERM, signal.SIGINT)}
         self.progress = tqdm(range(start, total_steps), initial=start, total=total_steps,
                              leave=False, smoothing=0.02, disable=None if self.is_main else True)
         try:
             yield from self.progress
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+            for signum, handler in old.items():
+                signal.signal(signum, handler)
 
-    def _on_signal(self, number: int, frame) -> None:
+    def _on_signal(self, signum: int, frame) -> None:
         """SIGTERM (a cluster's preemption) or SIGINT (Ctrl-C) sets a flag; a second Ctrl-C kills.
 
         A second SIGTERM does not, because torchrun may send its own while rank 0 still saves.
         """
-        self.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+        self.signal = signum
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -851,7 +856,7 @@ class Run:
     def log_epoch(self, epoch: int, values: dict, done: int) -> None:
         """Add a line to the log, print it, and start the clock of the next epoch."""
         self.log.append(dict(epoch=epoch) | values)
-        self.print_values(f"epoch {epoch}", values)
+        self.print("  ".join(f"{name} {value:.5g}" for name, value in self.log[-1].items()))
         self.save_log()
         self.began, self.began_step = time.time(), done
 
@@ -898,9 +903,9 @@ class Run:
         if self.log and self.is_main:
             self.save_picture(draw_curves(self.log), "curves.png")
 
-    def save_checkpoint(self, parts: dict, step: int) -> None:
+    def save_checkpoint(self, saved: dict, step: int) -> None:
         """Save checkpoint.pt. Call it last, when the other files of this step have been written."""
-        state = {name: part.state_dict() for name, part in parts.items()}  # Meter needs all ranks
+        state = {name: part.state_dict() for name, part in saved.items()}  # Meter needs all ranks
         self.save(state | dict(step=step, log=self.log, settings=self.settings), "checkpoint.pt")
 
 
@@ -956,7 +961,7 @@ CURES = {
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Call main(args). Distributed processes then exit at once, because a usual exit may hang."""
     code = 1
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files may be of any script
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # for names that they can't encode
         stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
@@ -964,6 +969,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except SystemExit as end:
         code = end.code
         raise
+    except KeyboardInterrupt:  # outside the loop
+        fail("interrupted by Ctrl-C", code=130)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         for words, cure in CURES.items():
