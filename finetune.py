@@ -586,7 +586,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     integer, real = train.integer, train.real
     parser = train.make_parser(__doc__, RECIPES["imagenet"])
     add = parser.add_argument
-    add("--data", type=train.nonempty, help="folder with train/ and val/ or test/; not given: shapes")
+    add("--data", type=train.nonempty, help="folder with train/ and val/ or test/ (drawn shapes)")
     add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
     add_start = parser.add_mutually_exclusive_group().add_argument
     add_start("--init", type=train.nonempty, help="file with weights (output/RECIPE/encoder.pt)")

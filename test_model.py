@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+from torch._dynamo import lookup_backend
 from torch._utils import ExceptionWrapper
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -42,7 +43,7 @@ import finetune
 import train
 from masking import block_mask, random_mask
 from model import (
-    SIZES, BootMAE, ViT, from_official, load_vit, loss_weight, patchify, read_file,
+    SIZES, Attention, BootMAE, ViT, from_official, load_vit, loss_weight, patchify, read_file,
     resize_positions, unpatchify,
 )
 
@@ -406,14 +407,22 @@ def test_models_can_be_built_on_the_meta_device():
 def test_compiled_forward_and_gradients_are_the_same():
     model, images, mask = small_model(decoder_depth=1)
     torch._dynamo.reset()
-    results = []
-    for network in model, torch.compile(model, backend="aot_eager"):
+    results, graphs = [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    for network in model, torch.compile(model, backend=count):
         model.zero_grad()
         out = network(images, mask)
         (out.pixel_loss + out.feature_loss).backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append([out.pixels, out.pixel_loss, out.feature_loss, *grads])
     torch.testing.assert_close(*results)
+    assert len(graphs) == 1  # all but the check of the mask
+    vit = ViT(**SMALL, num_classes=5, drop_path=0.3)
+    torch.compile(vit, backend="eager", fullgraph=True)(torch.rand(2, 3, 8, 12))
 
 
 def run_small(size=(8, 12), mask=None):
@@ -1547,14 +1556,20 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert Image.open(unbroken / "curves.png").size == (2 * 440, 300)
 
 
-def test_images_per_s_counts_training_alone(tmp_path, monkeypatch):
-    """By a clock on which a step of 8 images takes one second, and a picture a thousand."""
+def test_images_per_s_counts_training_alone(tmp_path, capsys, monkeypatch):
+    """By a clock on which a step of 8 images takes one second, and a picture a thousand.
+
+    The run is stopped in its second epoch; what was done before does not count after that.
+    """
     now, add, draw = [0], train.Meter.add, train.draw_reconstructions
     monkeypatch.setattr(train.Meter, "add", lambda *args: now.append(now[-1] + 1) or add(*args))
     monkeypatch.setattr(train, "draw_reconstructions",
                         lambda *args: now.append(now[-1] + 1000) or draw(*args))
     monkeypatch.setattr(train.time, "time", lambda: now[-1])
-    call(train, *TRAIN, "--out", tmp_path, "--picture_every", 1)
+    stop_at(monkeypatch, 8)
+    flags = [*TRAIN, "--out", tmp_path, "--picture_every", 1]
+    refused(capsys, train, *flags, code=128 + signal.SIGTERM)
+    call(train, *flags)
     assert [line["images_per_s"] for line in read_log(tmp_path)] == [8, 8, 8]
 
 
@@ -1601,47 +1616,112 @@ def assert_nearly_same_run(out, expected):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tuned, tmp_path_factory):
-    """One start of two, which pretrain, evaluate, and classify by neighbours."""
+def two_processes(unbroken, tuned, tmp_path_factory):
+    """One start of two, for all that can be asked of them: what they said, and what each has seen.
+
+    As on two machines of one process each, both are local rank 0.
+    """
     out = tmp_path_factory.mktemp("two")
-    calls = [["train", *TRAIN, "--accum_steps", 2, "--workers", 1, "--out", out]]
-    for mode in "--eval", "--knn":
-        flags = [*TUNE, "--num_val", 1003, "--batch_size", 7, "--accum_steps", 3, mode]
-        calls.append(["finetune", "--init", tuned / "best.pt", *flags])
+    shutil.copytree(unbroken, out / "rank0")  # a finished run, which rank 1 does not find
+    shapes_folder(out / "images", 6)
+    (out / "images" / "003.png").write_text("no image")  # is rank 1's
+    best, start = ["--init", tuned / "best.pt"], ["--init", unbroken / "encoder.pt"]
+    uneven = [*TUNE, *best, "--num_val", 1003]
+    calls = dict(
+        pretrain=["train", *TRAIN, "--accum_steps", 2, "--workers", 1, "--out", out],
+        eval=["finetune", *uneven, "--eval"], knn=["finetune", *uneven, "--knn"],
+        tune=["finetune", *TUNE, *start, "--epochs", 2, "--accum_steps", 2, "--out", out / "tune"],
+        linear=["finetune", *TUNE, *start, "--epochs", 1, "--linear", "--out", out / "linear"],
+        predict=["finetune", *best, "--workers", 0, "--predict", out / "images",
+                 "--out", out / "predict"],
+        apart=["train", *TRAIN, "--out", out / "rank"])
+    calls = {name: list(map(str, flags)) for name, flags in calls.items()}
     (out / "start.py").write_text(f"""if True:
+        import json, os, torch
         import finetune, train
+        from model import BootMAE, ViT
+
+        rank, replace = os.environ["RANK"], os.replace
+        os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", "1"
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: look(module, *inputs))
+
+        def look(module, images, *others):
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                seen["synced"].append(module.require_backward_grad_sync)
+                seen["seeds"].append(torch.initial_seed())
+            elif isinstance(module, (BootMAE, ViT, finetune.LinearProbe)) and module.training:
+                seen["images"] += len(images)
+                if isinstance(module, finetune.LinearProbe):
+                    seen["statistics"].append(module.norm.running_mean.tolist())
+
+        def watch_replace(*paths):
+            seen["written"] += 1
+            replace(*paths)
 
         def main(args):
-            for name, *flags in {[list(map(str, flags)) for flags in calls]}:
-                module = dict(train=train, finetune=finetune)[name]
+            global seen
+            os.replace, all_seen = watch_replace, dict()
+            for name, (script, *flags) in {calls}.items():
+                seen = dict(images=0, written=0, synced=[], seeds=[], statistics=[])
+                all_seen[name] = seen
+                if name == "apart":
+                    with open({str(out)!r} + f"/seen{{rank}}.json", "w") as file:
+                        json.dump(all_seen, file)
+                    flags[-1] += rank
+                module = dict(train=train, finetune=finetune)[script]
                 module.main(module.parse_args(flags))
 
         train.launch(main, None)""")
-    return out, finish(launch(out / "start.py", processes=2))
+    process = launch(out / "start.py", processes=2)
+    said, err = process.communicate(timeout=120)
+    assert process.returncode and (out / "seen1.json").exists(), err
+    seen = [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    return SimpleNamespace(out=out, said=said, err=err, seen=seen)
 
 
-def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_processes):
-    assert_nearly_same_run(two_processes[0], unbroken)
+def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_processes, tmp_path):
+    """Each has half of the images and noise of its own, and gradients travel once a step."""
+    assert_nearly_same_run(two_processes.out, unbroken)
+    flags = ["--init", unbroken / "encoder.pt", "--epochs", 2, "--out", tmp_path]
+    call(finetune, *TUNE, *flags)
+    assert_nearly_same_run(two_processes.out / "tune", tmp_path)
+    zero, one = two_processes.seen
+    for name, steps in ("pretrain", 18), ("tune", 12):
+        assert [rank[name]["images"] for rank in two_processes.seen] == [4 * steps] * 2
+        assert zero[name]["synced"] == one[name]["synced"] == [False, True] * steps
+    assert not set(zero["tune"]["seeds"]) & set(one["tune"]["seeds"])
+
+
+def test_two_processes_share_the_statistics_of_the_probe(two_processes):
+    zero, one = (rank["linear"]["statistics"] for rank in two_processes.seen)
+    assert len(zero) == 6 and zero[5] != zero[0]
+    near(torch.tensor(zero), torch.tensor(one))
+
+
+def test_the_first_of_two_processes_writes_alone(two_processes):
+    zero, one = ([rank[name]["written"] for name in rank] for rank in two_processes.seen)
+    assert sum(zero) > 20 and sum(one) == 0
 
 
 @pytest.mark.parametrize("mode", ["--eval", "--knn"])
 def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode):
-    """1,003 images do not divide: padding would count some twice. No batch size matters."""
+    """1,003 images do not divide: padding would count some twice."""
     call(finetune, "--init", tuned / "best.pt", *TUNE, "--num_val", 1003, mode)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(line)["images"] == 1003 and line in two_processes[1].splitlines()
+    assert json.loads(line)["images"] == 1003 and line in two_processes.said.splitlines()
 
 
-def test_processes_must_share_the_output_folder(unbroken, tmp_path):
+def test_two_processes_predict_every_image_and_name_what_they_cannot_read(two_processes):
+    with open(two_processes.out / "predict" / "predictions.csv", newline="") as file:
+        _, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == [f"{n:03}.png" for n in (0, 1, 2, 4, 5)]
+    assert two_processes.err.count("003.png") == 1
+
+
+def test_processes_must_share_the_output_folder(two_processes):
     """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
-    shutil.copytree(unbroken, tmp_path / "0")
-    (tmp_path / "start.py").write_text("""if True:
-        import os, sys, train
-        sys.argv[-1] += "/" + os.environ["RANK"]
-        train.launch(train.main, train.parse_args())""")
-    process = launch(tmp_path / "start.py", *TRAIN, "--out", tmp_path, processes=2)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and "disagree on steps done and images: [(0," in err
+    assert re.search(r"disagree on steps done and images: \[\(0, .*\(18", two_processes.err)
 
 
 def test_a_finished_run_stays_finished(finished, monkeypatch, capsys):
@@ -1795,14 +1875,6 @@ def test_help_names_flags_and_defaults(capsys, module):
         module.parse_args(["--help"])
     said = capsys.readouterr().out
     assert re.search(r"--seed SEED\s.*\(default: 0\)", said) and "(default: False)" not in said
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(tmp_path, amp):
-    call(train, *TRAIN, "--out", tmp_path, "--amp", amp, "--epochs", 2, "--num_images", 24)
-    log = read_log(tmp_path)
-    assert log[1]["pixel_loss"] < log[0]["pixel_loss"]
-    assert all(p.dtype == torch.float32 for p in load(tmp_path / "encoder.pt").values())
 
 
 def overflow_at(monkeypatch, wanted):
@@ -1976,68 +2048,6 @@ def test_heads_and_pixels_of_a_file_arrive(unbroken, tmp_path, module):
 
 # --------------------------------------------------------------------------------------------------
 # finetune.py
-
-
-def test_published_recipes():
-    def settings(flags, names):
-        args = vars(finetune.parse_args(["--scratch", "--recipe", *flags.split()]))
-        return [args[name] for name in names.split()]
-
-    names = "epochs warmup_epochs batch_size lr layer_decay"
-    assert settings("imagenet", names) == [100, 20, 2048, 5e-3, 0.6]
-    assert settings("imagenet_large", names) == [50, 5, 1024, 1.5e-3, 0.75]
-    names = "drop_path mixup cutmix smoothing rand_augment erasing model_ema"
-    assert settings("imagenet_large", names) == [0.1, 0.8, 1.0, 0.1, 9, 0.25, 0.9998]
-    names = "depth epochs base_lr batch_size warmup_epochs"
-    assert settings("imagenet_large --linear", names) == [18, 50, 0.07, 16384, 10]
-
-
-def test_lars():
-    torch.manual_seed(0)
-    weight, bias = torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(3))
-    optimizer = finetune.LARS([weight, bias], lr=0.5)
-    w, b, mu_w, mu_b = weight.detach().clone(), bias.detach().clone(), 0, 0
-    for _ in range(3):
-        weight.grad, bias.grad = torch.randn(3, 4), torch.randn(3)
-        scale = 0.001 * math.sqrt((w**2).sum()) / math.sqrt((weight.grad**2).sum())
-        mu_w, mu_b = 0.9 * mu_w + scale * weight.grad, 0.9 * mu_b + bias.grad
-        w, b = w - 0.5 * mu_w, b - 0.5 * mu_b
-        optimizer.step()
-        torch.testing.assert_close((weight.data, bias.data), (w, b))
-
-
-def test_knn():
-    torch.manual_seed(0)
-    scale = torch.tensor([9, 0.9])
-    known, asked = torch.randn(400, 2) * scale + 3, torch.randn(100, 2) * scale + 3
-    labels, wanted = torch.randint(7, (400,)), torch.randint(7, (100,))
-    mean, std = known.mean(0), known.std(0)
-    right1 = right5 = 0
-    for x, y in zip((asked - mean) / std, wanted.tolist()):
-        cosines, votes = F.cosine_similarity(x, (known - mean) / std), torch.zeros(7)
-        for nearest in cosines.argsort()[-30:]:
-            votes[labels[nearest]] += math.exp(cosines[nearest] / 0.07)
-        ranking = votes.argsort(descending=True).tolist()
-        right1 += ranking[0] == y
-        right5 += y in ranking[:5]
-    counts = finetune.knn(known, labels, asked, wanted, 7, 30, torch.device("cpu"))
-    assert counts.tolist() == [right1, right5, 100]
-
-
-def test_linear_probe_trains_the_head_alone():
-    probe = finetune.LinearProbe(small_vit(), 2, 5)
-    images = torch.rand(6, 3, 32, 32)
-    probe(images).sum().backward()
-    trained = [name for name, p in probe.named_parameters() if p.grad is not None]
-    assert trained == ["head.weight", "head.bias"]
-    tokens = small_vit().encode(patchify(images, 8), taps=(2,))[1][2][:, 1:]
-    features = torch.stack([layer_norm(sum(t) / 16) for t in tokens])  # no learned scale
-    features -= features.mean(0)
-    features /= (features.var(0, correction=0) + 1e-6).sqrt()
-    near(probe(images), features @ probe.head.weight.T + probe.head.bias, atol=1e-4)
-    args = finetune.parse_args("--scratch --recipe shapes --linear --drop_path 0.5".split())
-    frozen = finetune.build_model(train.Run(args), 12).features.encoder
-    assert all(block.drop_path == 0 for block in frozen.blocks)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -2319,6 +2329,439 @@ def test_predictions(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# What arrives: recipes, flags, precision, pictures and files, seen in what a run leaves
+
+
+def load_model_state(path):
+    """The weights in a file, with or without names of classes beside them."""
+    content = load(path)
+    return content.get("model", content)
+
+
+PRETRAINING = dict(
+    model="base", img_size=224, patch_size=16, decoder_dim=512, decoder_depth=2, inject=(1, -1),
+    feature_target=1, weighted_loss=1, mask="block", mask_ratio=0.75, crop_scale=(0.2, 1),
+    epochs=800, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, min_lr=1e-4, weight_decay=0.05,
+    betas=(0.9, 0.95), feature_ramp=0.25, branch_init=1)
+FINE_TUNING = dict(
+    model="base", img_size=224, patch_size=16, epochs=100, warmup_epochs=20, batch_size=2048,
+    lr=5e-3, base_lr=0, min_lr=1e-6, layer_decay=0.6, drop_path=0.1, betas=(0.9, 0.999),
+    weight_decay=0.05, mixup=0.8, cutmix=1, smoothing=0.1, rand_augment=9, erasing=0.25,
+    crop_scale=(0.08, 1), model_ema=0.9998, crop_ratio=0.875, labels_per_class=0,
+    branch_init=1)
+PLAIN = dict(drop_path=0, mixup=0, cutmix=0, rand_augment=0, erasing=0)
+PROBE = FINE_TUNING | PLAIN | dict(
+    epochs=90, warmup_epochs=10, batch_size=16384, lr=0, base_lr=0.1, min_lr=0, weight_decay=0,
+    smoothing=0, model_ema=0, depth=9)
+del PROBE["layer_decay"], PROBE["betas"]  # LARS has neither
+CIFAR10 = dict(model="small", img_size=32, patch_size=4, branch_init=0)
+PHOTOS = dict(model="tiny", img_size=96, patch_size=12, branch_init=0)
+SHAPES = dict(model="nano", img_size=64, patch_size=8, branch_init=0)
+SHORT = dict(decoder_dim=64, decoder_depth=1, mask="random", feature_ramp=1, min_lr=0)
+CIFAR10_TUNING = FINE_TUNING | CIFAR10 | dict(
+    batch_size=512, lr=1e-3, warmup_epochs=5, layer_decay=0.75, model_ema=0.999,
+    crop_scale=(0.4, 1), crop_ratio=1)
+PHOTOS_TUNING = CIFAR10_TUNING | PLAIN | PHOTOS | dict(
+    batch_size=32, epochs=40, warmup_epochs=4, model_ema=0.99)
+SHAPES_TUNING = PHOTOS_TUNING | SHAPES | dict(lr=2e-3, crop_scale=(0.6, 1), labels_per_class=20)
+SHORT_PROBE = dict(batch_size=64, depth=0, crop_ratio=1)
+SETTINGS = {  # the first two of each are published, the others are for short runs
+    train: {
+        "imagenet": PRETRAINING,
+        "imagenet_large": PRETRAINING | dict(
+            model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
+        "cifar10": PRETRAINING | CIFAR10 | dict(
+            decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0),
+        "photos": PRETRAINING | PHOTOS | SHORT | dict(
+            mask_ratio=0.7, crop_scale=(0.4, 1), epochs=60, warmup_epochs=2, batch_size=32,
+            base_lr=5e-3),
+        "shapes": PRETRAINING | SHAPES | SHORT | dict(
+            mask_ratio=0.6, crop_scale=(0.6, 1), epochs=15, warmup_epochs=1, batch_size=16,
+            base_lr=16e-3)},
+    finetune: {
+        "imagenet": FINE_TUNING,
+        "imagenet_large": FINE_TUNING | dict(
+            model="large", epochs=50, warmup_epochs=5, batch_size=1024, lr=1.5e-3,
+            layer_decay=0.75),
+        "cifar10": CIFAR10_TUNING, "photos": PHOTOS_TUNING, "shapes": SHAPES_TUNING,
+        "imagenet --linear": PROBE,
+        "imagenet_large --linear": PROBE | dict(model="large", epochs=50, base_lr=0.07, depth=18),
+        "cifar10 --linear": PROBE | CIFAR10 | dict(
+            batch_size=2048, crop_scale=(0.4, 1), crop_ratio=1),
+        "photos --linear": PROBE | PHOTOS | SHORT_PROBE | dict(
+            crop_scale=(0.4, 1), epochs=30, base_lr=40, warmup_epochs=3),
+        "shapes --linear": PROBE | SHAPES | SHORT_PROBE | dict(
+            crop_scale=(0.6, 1), epochs=60, base_lr=160, warmup_epochs=5, labels_per_class=20)},
+}
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_recipes(module):
+    assert {flags.split()[0] for flags in SETTINGS[module]} == set(module.RECIPES)
+    for flags, expected in SETTINGS[module].items():
+        start = ["--scratch"] if module is finetune else []
+        args = module.parse_args([*start, "--recipe", *flags.split()])
+        found = {name: getattr(args, name) for name in expected}
+        found = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        assert found == expected, flags
+
+
+def test_flags_that_are_named_exist(capsys):
+    """In the help and in README, where some are torchrun's, Docker's or the system's."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        named, known = set(re.findall(r"--[a-z_]+", file.read())), set()
+    for module in train, finetune:
+        with pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        usage, text = capsys.readouterr().out.split("\n\n", 1)
+        known |= set(re.findall(r"--[a-z_]+", usage))
+        named |= set(re.findall(r"--[a-z_]+", text))
+    others = "nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts ipc shutdown help"
+    assert len(known) > 50 and named <= known | {f"--{name}" for name in others.split()}
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Images that went through a compiled network, workers of loaders, numbers on the bar."""
+    seen, loader = SimpleNamespace(compiled=0, workers=set(), bar=0), torch.utils.data.DataLoader
+    init = loader.__init__
+
+    def compiled(model):
+        def network(images, *inputs):
+            seen.compiled += len(images)
+            return model(images, *inputs)
+        return network
+
+    def watch_init(self, *args, **options):
+        init(self, *args, **options)
+        seen.workers.add(self.num_workers)
+
+    def set_postfix(*args, **options):
+        seen.bar += 1
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(loader, "__init__", watch_init)
+    monkeypatch.setattr(train.tqdm, "set_postfix", set_postfix)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")  # may have more workers than there are cores
+def test_flags_of_pretraining_arrive(tmp_path, watched):
+    """8 of 20 images in batches of 4: 2 steps an epoch. The loops below show the other flags."""
+    flags = """--recipe shapes --model tiny --img_size 48 --patch_size 12 --decoder_dim 32
+               --decoder_depth 3 --inject 0 2 --num_images 8 --batch_size 4 --epochs 3 --log_every 1
+               --picture_every 2 --workers 2 --compile --amp off --out""".split()
+    call(train, *flags, tmp_path / "out", "--data", shapes_folder(tmp_path / "images", 20))
+    checkpoint, pictures = load(tmp_path / "out" / "checkpoint.pt"), tmp_path.glob("out/epoch*")
+    found = {name: tuple(x.shape) for name, x in checkpoint["model"].items()}
+    assert {path.name for path in pictures} == {"epoch_0002.png", "epoch_0003.png"}
+    assert (checkpoint["step"], watched.compiled, watched.bar) == (6, 24, 6)
+    assert watched.workers == {2}
+    assert found["encoder.blocks.11.norm1.weight"] == (192,)
+    assert found["encoder.pos_embed"] == (1, 1 + 4 * 4, 192)
+    assert found["encoder.patch_embed.proj.weight"] == (192, 3, 12, 12)
+    for decoder, width in ("regressor", 32), ("predictor", 192):
+        blocks = {key.split(".")[2] for key in found if key.startswith(decoder + ".blocks")}
+        injected = f"{decoder}.blocks.0.cross_attn.q.weight" in found
+        assert found[decoder + ".mask_token"] == (1, 1, width)
+        assert blocks == {"0", "1", "2"} and injected == (decoder == "predictor")
+
+
+def test_pretraining_without_a_feature_target(tmp_path):
+    call(train, *TRAIN, "--num_images", 8, "--epochs", 1, "--feature_target", 0, "--out", tmp_path)
+    parts = {key.split(".")[0] for key in load(tmp_path / "checkpoint.pt")["model"]}
+    assert parts == {"encoder", "regressor"} and read_log(tmp_path)[0]["feature_loss"] == 0
+    assert Image.open(tmp_path / "epoch_0001.png").width == 2 * 4 * (128 + 4)
+
+
+def test_flags_of_fine_tuning_arrive(tmp_path, watched):
+    """2 images of each of 12 classes in batches of 8: 3 steps an epoch."""
+    flags = """--scratch --recipe shapes --model tiny --img_size 48 --patch_size 12 --num_val 30
+               --labels_per_class 2 --batch_size 8 --epochs 3 --eval_every 2 --log_every 1
+               --workers 0 --compile --amp off --out""".split()
+    call(finetune, *flags, tmp_path)
+    log, best = read_log(tmp_path), load_model_state(tmp_path / "best.pt")
+    assert ["top1" in line for line in log] == [False, True, True]
+    assert log[2]["top1"] * 30 / 100 == pytest.approx(round(log[2]["top1"] * 30 / 100))
+    assert (watched.compiled, watched.bar, watched.workers) == (72, 9, {0})
+    assert best["blocks.11.norm1.weight"].shape == (192,) and best["pos_embed"].shape[1] == 17
+    assert best["patch_embed.proj.weight"].shape == (192, 3, 12, 12)
+
+
+def test_fine_tuning_starts_from_the_teacher_at_another_size(unbroken, tmp_path):
+    """A learning rate of 0 leaves the weights as they were loaded."""
+    flags = ["--teacher", "--img_size", 48, "--lr", 0, "--epochs", 1, "--out", tmp_path]
+    call(finetune, *TUNE, "--init", unbroken / "checkpoint.pt", *flags)
+    pretrained, best = load_model_state(unbroken / "checkpoint.pt"), tmp_path / "best.pt"
+    best = load_model_state(best)
+    for key in best:
+        if key.startswith(("blocks", "cls_token", "patch_embed")):
+            assert torch.equal(best[key], pretrained[f"teacher.{key}"]), key
+    positions = resize_positions(pretrained["teacher.pos_embed"], (4, 4), (6, 6))
+    assert torch.equal(best["pos_embed"], positions)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Oblong images, 4 of each of 12 classes, to train and others to validate."""
+    root = tmp_path_factory.mktemp("photos")
+    for name, start in ("train", 0), ("val", 480):
+        shapes = data.Shapes(48, 48, start=start)
+        for index in range(48):
+            image = shapes.open(index).resize((60, 40))
+            save_at(root / name / f"{index % 12:02}" / f"{index:02}.png", image)
+    return root
+
+
+def plain_middles(folder, size, ratio):
+    """The middles of a folder's images, float (n, 3, size, size) in -1 .. 1, and their classes."""
+    images, labels = [], []
+    for label, path in enumerate(sorted(folder.iterdir())):
+        for file in sorted(path.iterdir()):
+            image = Image.open(file)
+            side = ratio * min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = left, top, left + side, top + side
+            images.append(np.asarray(image.resize((size, size), BICUBIC, box=box)))
+            labels.append(label)
+    return torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1, torch.tensor(labels)
+
+
+def plain_features(vit, images, depth):
+    """The mean patch token after block `depth`, without its mean and deviation."""
+    with torch.no_grad():
+        tokens = vit.encode(patchify(images, 8), taps=(depth,))[1][depth][:, 1:]
+        return torch.stack([layer_norm(x) for x in tokens.mean(dim=1)])
+
+
+def plain_accuracy(scores, labels):
+    """top1 and top5 of scores (n, classes), from the places of the labels in the rankings."""
+    places = [sorted(row, reverse=True).index(row[label])
+              for row, label in zip(scores.tolist(), labels.tolist())]
+    return [100 * sum(place < n for place in places) / len(places) for n in (1, 5)]
+
+
+def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys):
+    flags = [*TINY, "--data", photos, "--init", unbroken / "encoder.pt", "--labels_per_class", 0]
+    call(finetune, *flags, "--knn", "--depth", 2, "--neighbours", 5, "--crop_ratio", 0.5)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    vit, scores = load_vit(unbroken / "encoder.pt"), []
+    (known, known_labels), (asked, labels) = (
+        plain_middles(photos / name, 32, 0.5) for name in ("train", "val"))
+    known, asked = plain_features(vit, known, 2), plain_features(vit, asked, 2)
+    mean, std = known.mean(0), known.std(0)
+    for x in (asked - mean) / std:
+        cosines, votes = F.cosine_similarity(x, (known - mean) / std), torch.zeros(12)
+        for nearest in cosines.argsort()[-5:]:
+            votes[known_labels[nearest]] += math.exp(cosines[nearest] / 0.07)
+        scores.append(votes - 1e-6 * torch.arange(12))  # of equal votes, the first class's counts
+    top1, top5 = plain_accuracy(torch.stack(scores), labels)
+    assert said["images"] == 48 and said["top1"] == pytest.approx(top1) and 0 < top1 < 100
+    assert top1 < top5
+
+
+def test_evaluation_at_another_size_and_crop(photos, tmp_path, capsys):
+    model = small_vit(num_classes=12)
+    model.head.weight.data *= 1000
+    torch.save(model.state_dict(), tmp_path / "best.pt")
+    flags = ["--data", photos, "--init", tmp_path / "best.pt", "--recipe", "shapes", "--amp", "off"]
+    call(finetune, *flags, "--workers", 0, "--eval", "--img_size", 48, "--crop_ratio", 0.5)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    images, labels = plain_middles(photos / "val", 48, 0.5)
+    with torch.no_grad():
+        scores = load_vit(tmp_path / "best.pt", img_size=48)(images)
+    assert [said["top1"], said["top5"]] == pytest.approx(plain_accuracy(scores, labels))
+
+
+@pytest.mark.parametrize("amp, dtype", [
+    ("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
+def test_precision_of_activations_losses_and_weights(
+        unbroken, photos, tmp_path, monkeypatch, amp, dtype):
+    """The teacher is used without gradients, and also for pictures, which may be in float32."""
+    seen, cross_entropy = set(), F.cross_entropy
+
+    def look(module, inputs, output):
+        if isinstance(module, torch.nn.Linear):
+            seen.add(("trains" if output.requires_grad else "evaluates", output.dtype))
+
+    def look_and_compare(logits, targets):
+        loss = cross_entropy(logits, targets)
+        seen.add(("loss", loss.dtype))
+        return loss
+
+    monkeypatch.setattr(F, "cross_entropy", look_and_compare)
+    hook = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        call(train, *TRAIN, "--amp", amp, "--num_images", 8, "--epochs", 1, "--out", tmp_path / "a")
+        expected = {("trains", dtype), ("evaluates", dtype)}
+        assert seen | {("evaluates", torch.float32)} == expected | {("evaluates", torch.float32)}
+        seen.clear()
+        flags = [*TUNE, "--amp", amp, "--epochs", 1, "--labels_per_class", 2, "--num_val", 12]
+        call(finetune, *flags, "--init", unbroken / "encoder.pt", "--out", tmp_path / "b")
+        assert seen == expected | {("loss", torch.float32)}
+        for mode in ["--knn"], ["--eval"], ["--predict", photos / "val" / "00"]:
+            seen.clear()
+            call(finetune, *flags, "--init", tmp_path / "b" / "best.pt", "--out", tmp_path / "c",
+                 *mode)
+            assert seen == {("evaluates", dtype)}, mode
+    finally:
+        hook.remove()
+    for out in tmp_path / "a", tmp_path / "b":
+        assert {x.dtype for x in load(out / "checkpoint.pt")["model"].values()} == {torch.float32}
+
+
+def test_attention_in_bf16_is_nearly_that_in_float32():
+    torch.manual_seed(0)
+    attention, x = Attention(64, 4), 3 * torch.randn(2, 9, 64)
+    with torch.no_grad():
+        expected = attention(x)
+        error = attention.bfloat16()(x.bfloat16()).float() - expected
+    assert error.std() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_a_stop_in_fp16_keeps_the_scale_of_the_loss(tmp_path, capsys, monkeypatch, module):
+    """It begins so high that gradients overflow, and is halved with each step that is skipped."""
+    init, scale = torch.amp.GradScaler.__init__, 2.0**24
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
+        lambda scaler, *args, **options: init(scaler, *args, init_scale=scale, **options)))
+    flags = TRAIN if module is train else ["--scratch", *TUNE]
+    flags = [*flags, "--amp", "fp16", "--epochs", 2, "--out"]
+    call(module, *flags, tmp_path / "unbroken")
+    stop_at(monkeypatch, 2)
+    refused(capsys, module, *flags, tmp_path / "stopped", code=128 + signal.SIGTERM)
+    call(module, *flags, tmp_path / "stopped")
+    assert_same(result(tmp_path / "stopped"), result(tmp_path / "unbroken"))
+    ends = [load(tmp_path / name / "checkpoint.pt") for name in ("stopped", "unbroken")]
+    assert_same(ends[0]["scaler"], ends[1]["scaler"])
+    assert 2 < ends[0]["scaler"]["scale"] < scale
+
+
+def test_psnr_and_picture_of_known_predictions(tmp_path, monkeypatch):
+    """Half of the target: a patch's true mean and half of the way to its true pixels."""
+    forward, shown = BootMAE.forward, []
+
+    def know(model, images, mask):
+        out = forward(model, images, mask)
+        if model.training:
+            return out
+        patches = patchify(images, 8)
+        truth = patches[mask].view(len(images), -1, 3, 64)
+        mean, variance = truth.mean(3, keepdim=True), truth.var(3, correction=0, keepdim=True)
+        for part in 0, 0.5, 1:  # no prediction, prediction, original
+            filled = patches.clone()
+            filled[mask] = (mean + part * (truth - mean)).view(-1, 192)
+            shown.append(unpatchify(filled, 8, (4, 4)))
+        shown.append(((truth - mean) / 2).square().mean().item())
+        return out._replace(pixels=0.5 * ((truth - mean) / (variance + 1e-5).sqrt()).flatten(2))
+
+    monkeypatch.setattr(BootMAE, "forward", know)
+    call(train, *TRAIN, "--epochs", 1, "--out", tmp_path)
+    nothing, half, original, error = shown
+    line = read_log(tmp_path)[0]
+    assert line["psnr_nothing"] == pytest.approx(-10 * math.log10(error), abs=1e-3)
+    assert line["psnr"] == pytest.approx(-10 * math.log10(error / 4), abs=1e-3)
+    picture = Image.open(tmp_path / "epoch_0001.png")
+    columns = (0, original), (2, nothing), (3, half)
+    for number, (place, images) in itertools.product((0, 5), columns):
+        x, y = (number % 2 * 5 + place) * 132, number // 2 * 132 + 24  # two images a row
+        tile = picture.crop((x, y, x + 128, y + 128)).resize((32, 32), Image.Resampling.NEAREST)
+        expected = ((images[number] + 1) * 127.5).permute(1, 2, 0)
+        assert np.abs(np.asarray(tile) - expected.numpy()).max() <= 1
+
+
+def test_curves_follow_the_log(unbroken):
+    """The blue line at the three epochs of both panels: values that fall go down."""
+    pixels, log = np.asarray(Image.open(unbroken / "curves.png")), read_log(unbroken)
+    blue = (pixels == (31, 111, 180)).all(axis=2)
+    for panel, name in enumerate(["pixel_loss", "feature_loss"]):
+        heights = [np.flatnonzero(blue[:, panel * 440 + x]).mean() for x in (64, 240, 416)]
+        values = [line[name] for line in log]
+        assert np.corrcoef(values, heights)[0, 1] < -0.999  # the origin of a picture is its top
+
+
+def test_tiles_are_green_where_the_best_model_is_right(tuned):
+    model, shapes = small_vit(num_classes=12).eval(), data.Shapes(60, 32, start=999_996)
+    model.load_state_dict(load_model_state(tuned / "best.pt"))
+    order = random.Random(0).sample(range(60), 60)[:32]
+    images = torch.stack([data.to_tensor(shapes.open(index)) for index in order])
+    answers = model(data.scale_pixels(images)).argmax(dim=1)
+    picture, colours = Image.open(tuned / "predictions.png"), []
+    for place, index in enumerate(order):
+        x, y = place % 8 * 152 + 8, place // 8 * 188 + 8
+        colours.append(picture.getpixel((x - 2, y - 2)))
+        tile = picture.crop((x, y, x + 136, y + 136))
+        assert tile == shapes.open(index).resize((136, 136), BICUBIC)
+    right = (answers.numpy() == shapes.labels[order]).tolist()
+    assert colours == [(0, 128, 0) if good else (255, 0, 0) for good in right]
+    assert any(right) and not all(right)
+
+
+def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
+    fsync, replace, synced, names = os.fsync, os.replace, {}, []
+
+    def watch_fsync(number):
+        fsync(number)
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    def watch_replace(source, target):
+        assert synced[os.stat(source).st_ino] == os.stat(source).st_size, target
+        names.append(os.path.basename(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    call(train, *TRAIN, "--num_images", 8, "--epochs", 1, "--out", tmp_path)
+    assert {"encoder.pt", "epoch_0001.png", "log.jsonl", "curves.png"} < set(names)
+    assert names[-1] == "checkpoint.pt"  # a run that goes on from it has all the others
+
+
+def test_each_setting_that_must_match_is_refused(unbroken, tuned, tmp_path, capsys):
+    start = ["--init", unbroken / "encoder.pt"]
+    calls = [[train, *TRAIN, "--out", unbroken, *flags.split()] for flags in (
+        "--seed 1", "--num_images 24", "--model tiny", "--img_size 64", "--patch_size 4",
+        "--decoder_dim 32", "--decoder_depth 2", "--mask block", "--mask_ratio 0.5", "--inject 0 0",
+        "--feature_target 0", "--weighted_loss 0", "--batch_size 4")]
+    calls.append([train, *TRAIN, "--out", unbroken, *start])
+    calls += [[finetune, *TUNE, *AUGMENTED, "--out", tuned, *flags] for flags in (
+        [*start, "--seed", 1], [*start, "--img_size", 64], [*start, "--labels_per_class", 3],
+        ["--scratch"], ["--init", unbroken / "checkpoint.pt", "--teacher"])]
+    linear = [finetune, *TUNE, *start, "--out", tmp_path, "--epochs", 1, "--linear", "--depth"]
+    call(*linear, 2)
+    for module, *flags in [*calls, [*linear, 3]]:
+        assert "was trained with" in refused(capsys, module, *flags), flags
+    call(*linear, 2)
+    assert "this run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_batches_travel_as_bytes_and_nothing_waits_for_them(tmp_path, monkeypatch, module):
+    """A mask is checked where the loader leaves it, which is on the CPU."""
+    move, moved, checked = torch.Tensor.to, [], []
+
+    def watch_to(x, *args, **options):
+        if args and isinstance(args[0], torch.device) and not x.is_floating_point():
+            moved.append(x)
+            assert options.get("non_blocking")
+        return move(x, *args, **options)
+
+    def watch_mask(network, inputs):
+        if isinstance(network, BootMAE):
+            checked.append(all(inputs[1] is not x for x in moved))
+
+    monkeypatch.setattr(torch.Tensor, "to", watch_to)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(watch_mask)
+    try:
+        call(module, *(TRAIN if module is train else ["--scratch", *TUNE]), "--epochs", 1,
+             "--out", tmp_path)
+    finally:
+        hook.remove()
+    images = [x for x in moved if x.ndim == 4 and len(x) == 8]
+    assert len(images) >= 6 and {x.dtype for x in images} == {torch.uint8}
+    assert all(checked) and len(checked) == (7 if module is train else 0)
+
+
+# --------------------------------------------------------------------------------------------------
 # The training loops, against plain ones: 9 images in batches of 4, so 2 steps an epoch and an image
 # left over, for 3 epochs, the first of them warm-up. Settings are far from the defaults, so that
 # one that does not arrive shows. Both sides do the same arithmetic in the same order, so weights
@@ -2420,8 +2863,8 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
     model = ViT(32, 8, **SIZES["nano"], num_classes=3, drop_path=0.3)
     model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
     torch.save(model.state_dict(), tmp_path / "start.pt")
-    flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.8
-               --cutmix 1 --smoothing 0.2 --rand_augment 9 --erasing 0.5 --model_ema 0.6""".split()
+    flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
+               --cutmix 2 --smoothing 0.2 --rand_augment 4 --erasing 0.5 --model_ema 0.6""".split()
     flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
     call(finetune, *LOOP, *flags, *peak.split())
 
@@ -2435,14 +2878,14 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
         views = []
         for index, rng in batch:
             image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
-            image = data.rand_augment(data.flip(image, rng), rng, magnitude=9)
+            image = data.rand_augment(data.flip(image, rng), rng, magnitude=4)
             views.append(data.to_tensor(image))
         noise = random.Random(f"3 noise {step} 0").getrandbits(63)  # of erasing and drop path
         torch.manual_seed(noise)
         rng = random.Random(f"3 mix {step} 0 0")
         images = data.random_erasing(data.scale_pixels(torch.stack(views)), 0.5, rng)
         labels = torch.tensor([index // 3 for index, _ in batch])
-        images, targets = data.mixup_cutmix(images, labels, 3, 0.8, 1, 0.2, rng)
+        images, targets = data.mixup_cutmix(images, labels, 3, 0.4, 2, 0.2, rng)
         loss = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
         losses.append(loss.item())
         plain_step(step, optimizer, loss, average, model, 0.6)
@@ -2453,19 +2896,75 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
     assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-6)
 
 
+def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
+    """Of the blocks up to the second; the encoder stays as it is, and drops no path."""
+    shapes, files = data.Shapes(9, 40), []
+    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
+        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
+        save_at(files[-1], shapes.open(index))
+    (tmp_path / "val").symlink_to("train")
+    torch.save(small_vit().state_dict(), tmp_path / "start.pt")
+    flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
+               --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
+    flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
+    call(finetune, *LOOP, *flags)
+
+    torch.manual_seed(3)
+    encoder, head = load_vit(tmp_path / "start.pt", 32, 0), torch.nn.Linear(128, 3)
+    torch.nn.init.trunc_normal_(head.weight, std=0.01)
+    w, b = head.weight.detach().requires_grad_(), torch.zeros(3, requires_grad=True)
+    losses, mean, variance, speed_w, speed_b = [], torch.zeros(128), torch.ones(128), 0, 0
+    for step, _, batch in plain_batches():
+        views = []
+        for index, rng in batch:
+            image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
+            views.append(data.to_tensor(data.flip(image, rng)))
+        x = plain_features(encoder, data.scale_pixels(torch.stack(views)), 2)
+        mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0)
+        x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-6).sqrt()
+        targets = 0.8 * torch.eye(3)[torch.tensor([index // 3 for index, _ in batch])] + 0.2 / 3
+        loss = -(targets * (x @ w.T + b).log_softmax(dim=1)).sum(dim=1).mean()
+        losses.append(loss.item())
+        grad_w, grad_b = torch.autograd.grad(loss, (w, b))
+        lr = 10 * step / 2
+        if step >= 2:
+            lr = 0.001 + (10 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        with torch.no_grad():
+            grad_w += 4 * w  # weight decay, and not of the biases
+            trust = 0.001 * w.square().sum().sqrt() / grad_w.square().sum().sqrt()
+            speed_w = 0.9 * speed_w + trust * grad_w
+            speed_b = 0.9 * speed_b + grad_b
+            w -= lr * speed_w
+            b -= lr * speed_b
+    checkpoint = load(tmp_path / "checkpoint.pt")
+    found = [checkpoint["model"][name] for name in (
+        "head.weight", "head.bias", "norm.running_mean", "norm.running_var")]
+    near(found, [w.detach(), b.detach(), mean, variance], rtol=1e-3, atol=1e-5)
+    log = [line["loss"] for line in checkpoint["log"]]
+    assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-4)
+    images, labels = plain_middles(tmp_path / "train", 32, 1)
+    x = (plain_features(encoder, images, 2) - mean) / (variance + 1e-6).sqrt()
+    top1, _ = plain_accuracy(x @ w.detach().T + b.detach(), labels)
+    assert checkpoint["log"][-1]["top1"] == pytest.approx(top1)
+
+
 @pytest.mark.parametrize("module", [train, finetune])
 def test_gradients_of_parts_are_those_of_the_batch(tmp_path, monkeypatch, module):
-    """AdamW would hide a wrong scale of all gradients."""
+    """AdamW would hide a wrong scale of all gradients. In fp16, where the loss is scaled, too."""
     def take_no_step(optimizer):
+        scale = getattr(optimizer, "grad_scale", None)  # what a fused AdamW divides by
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found.append([p.grad.clone() for p in parameters])
+        found.append([p.grad / (1 if scale is None else scale) for p in parameters])
 
     monkeypatch.setattr(torch.optim.AdamW, "step", take_no_step)
     flags, found = TRAIN if module is train else ["--scratch", *TUNE], []
     flags = [*flags, "--branch_init", 1]
-    for parts in 1, 4:
-        call(module, *flags, "--epochs", 1, "--accum_steps", parts, "--out", tmp_path / f"{parts}")
+    for parts, amp in (1, "off"), (4, "off"), (2, "fp16"):
+        call(module, *flags, "--epochs", 1, "--accum_steps", parts, "--amp", amp,
+             "--out", tmp_path / f"{parts}")
     torch.testing.assert_close(found[0], found[6], rtol=1e-4, atol=1e-6)
+    whole, half = (torch.cat([grad.flatten() for grad in found[n]]) for n in (0, 12))
+    assert (half - whole).norm() < 0.02 * whole.norm()
 
 
 class NoWaiting(TorchDispatchMode):
@@ -2589,7 +3088,7 @@ def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
 def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     """Processes only act on what all of them have seen, so this one counts at the next step."""
     run = train.Run(train.parse_args([]))
-    run.world_size = 2
+    run.world_size, run.device = 2, torch.device("meta")  # where reading a number fails
     monkeypatch.setattr(train.dist, "all_reduce",
                         lambda flag, op: setattr(run, "signal", signal.SIGTERM))
     assert not run.stop_asked()
