@@ -124,7 +124,9 @@ class Subset:
 # --------------------------------------------------------------------------------------------------
 # Views: any image to RGB, cropped and resized in one step
 
-TIFF_EXTRA_SAMPLES, TIFF_FORMAT = 338, 339  # tags: what further bands are; signed, unsigned, float
+# TIFF's tags: bits of each band; whether bands are in separate planes; what further bands are; and
+# whether numbers are signed, unsigned or float
+TIFF_BITS, TIFF_PLANES, TIFF_EXTRA_SAMPLES, TIFF_FORMAT = 258, 284, 338, 339
 TURN = Image.Transpose
 TURNS = {  # by EXIF's orientation; 1 is upright
     2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
@@ -135,26 +137,55 @@ TURNS = {  # by EXIF's orientation; 1 is upright
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to 8-bit RGB. Transparent parts become white.
 
-    Of grey images with more than 8 bits (Pillow's modes I and F), the minimum .. maximum becomes
+    Of images with more than 8 bits, the minimum .. maximum (of all colours together) becomes
     0 .. 255, because files don't say how many of their bits are in use; pixels that are not finite
-    become the minimum. ValueError without a finite range. (Of 16-bit colours, Pillow itself takes
-    the upper 8 bits.) A TIFF's fourth band is opacity only if the file says so.
+    become the minimum. These are grey images of Pillow's modes I and F, and PNG and TIFF files of
+    16-bit colours. ValueError without a finite range, or if Pillow can't read such colours in full.
+    A TIFF's fourth band is opacity only if the file says so.
     """
+    undeclared = image.format == "TIFF" and TIFF_EXTRA_SAMPLES not in image.tag_v2
+    pixels = _deep_pixels(image)
+    if pixels is not None:
+        stretched = _stretch(pixels)
+        if image.mode == "RGBA":
+            stretched.putalpha(image.getchannel("A"))
+        image = stretched
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith(("I", "F")):
-        image = _stretch(image)
-    undeclared = image.format == "TIFF" and TIFF_EXTRA_SAMPLES not in image.tag_v2
     if image.has_transparency_data and not undeclared:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _stretch(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64)
-    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(TIFF_FORMAT, (1,)) == (1,):
-        pixels = pixels % 2**32  # unsigned numbers, which Pillow reads as signed ones
+def _deep_pixels(image: Image.Image) -> np.ndarray | None:
+    """Pixels of more than 8 bits, as floats (H, W) or (H, W, 3); None of other images."""
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        unsigned = image.format == "TIFF" and image.tag_v2.get(TIFF_FORMAT, (1,)) == (1,)
+        # Pillow reads unsigned numbers of 32 bits as signed ones
+        return pixels % 2**32 if image.mode == "I" and unsigned else pixels
+    if image.format not in ("PNG", "TIFF") or "RGB" not in image.mode or not image.filename:
+        return None
+
+    if image.format == "TIFF" and image.tag_v2.get(TIFF_BITS, (8,))[0] == 16:
+        if image.tag_v2.get(TIFF_PLANES) == 2 or image.tag_v2.get(TIFF_EXTRA_SAMPLES) == (1,):
+            raise ValueError("16-bit colours in separate planes, or multiplied by the opacity")
+    # Pillow keeps the upper byte of 16-bit colours; in the other byte order, this is the lower one.
+    tiles = image.tile or Image.open(image.filename).tile  # a decoded image has none left
+    args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in tiles]
+    bands, _, order = args[0][0].partition(";16")  # of "RGB;16B"; B, L, or N for the machine's, L
+    if not order:
+        return None
+    # Pillow knows no "LA;16L", but as "RGBA", all four bytes of a pixel can be had.
+    other = "RGBA" if bands == "LA" else f"{bands};16{'L' if order == 'B' else 'B'}"
+    lower = Image.open(image.filename)
+    lower.tile = [tile._replace(args=(other, *rest)) for tile, (_, *rest) in zip(tiles, args)]
+    lower = np.asarray(lower)[..., slice(1, 2) if bands == "LA" else slice(3)]
+    return np.asarray(image)[..., :3] * np.float32(256) + lower
+
+
+def _stretch(pixels: np.ndarray) -> Image.Image:
     finite = np.isfinite(pixels)
     low = pixels.min(where=finite, initial=np.inf)
     high = pixels.max(where=finite, initial=-np.inf)
@@ -185,14 +216,14 @@ def crop_resize(
     another view can be taken from it. An EXIF rotation comes last, where it is cheapest: `box` is
     in the frame of the file.
     """
-    turn = _exif_turn(image)
     scale = min(box[2] - box[0], box[3] - box[1]) / size / 2
     if scale >= 2 and image.format in ("JPEG", "MPO") and image.filename:
         full_width, image = image.width, Image.open(image.filename)  # `draft` shrinks for good
         if drafted := image.draft(None, [math.ceil(side / scale) for side in image.size]):
             box = tuple(edge * drafted[1][2] / full_width for edge in box)
-    image = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return image if turn is None else image.transpose(turn)
+    view = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    turn = _exif_turn(image)  # after `to_rgb`, because this may decode a PNG
+    return view if turn is None else view.transpose(turn)
 
 
 def random_resized_crop(

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -1036,6 +1037,62 @@ def test_what_a_tiff_says_of_its_bands(tmp_path, image, was, now, colours):
     (tmp_path / "x.tif").write_bytes(content.replace(*entries))
     out = data.crop_resize(Image.open(tmp_path / "x.tif"), (0, 0, 64, 48), 32)
     assert np.abs(middles(out) - colours.reshape(4, -1)).max() <= 1
+
+
+def png_16(pixels):
+    """By hand, because Pillow writes no 16-bit colours; pixels are uint16 (H, W, bands)."""
+    H, W, bands = pixels.shape
+    header = struct.pack(">IIBB3x", W, H, 16, {2: 4, 3: 2, 4: 6}[bands])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks)
+
+
+def tiff_16(pixels, order, deflate=False, **extra):
+    """Likewise. Header and tags fill 200 bytes, the bits of each band 8, then come the pixels."""
+    (H, W, bands), content = pixels.shape, pixels.astype(order + "u2").tobytes()
+    content = zlib.compress(content) if deflate else content
+    tags = {256: W, 257: H, 258: 200, 259: 8 if deflate else 1, 262: 2, 273: 208, 277: bands,
+            278: H, 279: len(content)} | {int(tag[1:]): value for tag, value in extra.items()}
+    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    for tag, value in tags.items():
+        head += struct.pack(order + "HHII", tag, *((3, bands) if tag == 258 else (4, 1)), value)
+    return head.ljust(200, b"\0") + struct.pack(order + "4H", *[16] * 4) + content
+
+
+RGB_16, LA_16, RGBA_16 = (  # 12 of 16 bits in use, except for the opacity
+    bands.reshape(2, 2, -1).repeat(24, axis=0).repeat(32, axis=1) for bands in (
+        COLOURS * np.uint16(16), np.c_[LEVELS * np.uint16(16), VEIL * np.uint16(257)],
+        np.c_[COLOURS * np.uint16(16), VEIL * np.uint16(257)]))
+FILES_16 = {  # name: content, colours of the quarters, their opacity
+    "rgb.png": (png_16(RGB_16), COLOURS), "rgba.png": (png_16(RGBA_16), COLOURS, VEIL),
+    "la.png": (png_16(LA_16), LEVELS, VEIL), "little.tif": (tiff_16(RGB_16, "<"), COLOURS),
+    "deflate.tif": (tiff_16(RGB_16, ">", deflate=True), COLOURS),
+    "rgba.tif": (tiff_16(RGBA_16, ">", t338=2), COLOURS, VEIL),
+    "undeclared.tif": (tiff_16(RGBA_16, "<"), COLOURS),
+}
+
+
+@pytest.mark.parametrize("name", FILES_16)
+def test_colours_of_16_bits_are_stretched(tmp_path, name):
+    """Also in a second view of the same image, which is decoded by then."""
+    content, colours, opacity = (*FILES_16[name], CUT | 255)[:3]
+    (tmp_path / name).write_bytes(content)
+    image = Image.open(tmp_path / name)
+    expected = 255 + (colours.reshape(4, -1) / colours.max() * 255 - 255) * opacity[:, None] / 255
+    for _ in range(2):
+        out = data.crop_resize(image, (0, 0, 64, 48), 32)
+        assert out.mode == "RGB" and np.abs(middles(out) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("extra", [{"t284": 2}, {"t338": 1}], ids=["planes", "multiplied"])
+def test_colours_of_16_bits_that_pillow_misreads_are_refused(tmp_path, extra, deflate):
+    (tmp_path / "x.tif").write_bytes(tiff_16(RGBA_16, "<", deflate, **extra))
+    with pytest.raises(ValueError, match="separate planes, or multiplied by the opacity"):
+        data.to_rgb(Image.open(tmp_path / "x.tif"))
 
 
 def test_pixels_that_are_not_finite_become_the_minimum():
