@@ -219,10 +219,6 @@ def naive_bootmae(w, images, mask, depth, inject, feature_target, weighted_loss)
     return pixel_loss, feature_loss, torch.stack(all_pixels), torch.stack(all_features)
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py
-
-
 def shaken(module):
     """With every parameter that is trained away from its initial value."""
     for p in module.parameters():
@@ -259,6 +255,409 @@ def test_forward_matches_the_definition(depth, inject, feature_target, weighted)
     if feature_target:
         features = features.take_along_dim(out.masked[:, :, None], 1)
     near(out.features, features)
+
+
+# --------------------------------------------------------------------------------------------------
+# The training loops, against plain ones: 9 images in batches of 4, so 2 steps an epoch and an image
+# left over, for 3 epochs, the first of them warm-up. Settings are far from the defaults, so that
+# one that does not arrive shows. Both sides do the same arithmetic in the same order, so weights
+# are equal to the bit.
+
+LOOP = """--img_size 32 --batch_size 4 --epochs 3 --warmup_epochs 1 --min_lr 0.001 --weight_decay 4
+          --betas 0.8 0.95 --crop_scale 0.3 0.7 --seed 3 --workers 0 --save_every 3
+          --amp off""".split()
+
+
+def plain_batches():
+    """Step, epoch, and for each image its number and the generator of all its randomness."""
+    for step in range(6):
+        epoch, place = divmod(step, 2)
+        seed = random.Random(f"3 order {epoch}").getrandbits(63)
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(seed)).tolist()
+        indices = order[4 * place : 4 * place + 4]
+        yield step, epoch, [(index, random.Random(f"3 {epoch} {index}")) for index in indices]
+
+
+def plain_optimizer(model, scale):
+    """AdamW with a group for each parameter; scale(name) multiplies its learning rate."""
+    groups = []
+    for name, p in model.named_parameters():
+        if not name.startswith("teacher"):
+            spared = "norm" in name or name.endswith(("bias", "cls_token"))
+            groups.append(dict(params=[p], weight_decay=0 if spared else 4, scale=scale(name)))
+    return torch.optim.AdamW(groups, betas=(0.8, 0.95), fused=True)
+
+
+def plain_step(step, optimizer, loss, average, model, momentum):
+    """The rate goes from 0 to 0.01 over 2 steps, then on a cosine to 0.001 at what would be step 6.
+
+    `average` follows `model`.
+    """
+    lr = 0.01 * step / 2
+    if step >= 2:
+        lr = 0.001 + (0.01 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for old, new in zip(average.parameters(), model.parameters(), strict=True):
+            old.lerp_(new, 1 - momentum)
+
+
+@pytest.mark.parametrize("mask, kind, patches, inject, weighted, momentum, scale", [
+    ("block", block_mask, (4, 4), (1, -1), 1, 0.5, 1.0),
+    ("random", random_mask, 16, (3, 0), 0, None, 0.3)])
+def test_pretraining_takes_the_steps_of_a_plain_loop(
+        tmp_path, mask, kind, patches, inject, weighted, momentum, scale):
+    flags = """--recipe shapes --num_images 9 --decoder_dim 32 --decoder_depth 1 --mask_ratio 0.7
+               --base_lr 0.64 --feature_ramp 0.5""".split()  # so the peak is 0.01
+    flags += ["--mask", mask, "--inject", *inject, "--weighted_loss", weighted]
+    flags += ["--branch_init", scale]
+    if momentum:
+        flags += ["--momentum", 0, 0, momentum]
+    call(train, *LOOP, *flags, "--out", tmp_path)
+
+    torch.manual_seed(3)
+    model = BootMAE(32, 8, **SIZES["nano"], decoder_dim=32, decoder_depth=1, inject=inject,
+                    weighted_loss=bool(weighted))
+    for vit in model.encoder, model.teacher:  # their residual branches, and no decoder's
+        for block in vit.blocks:
+            block.attn.proj.weight.data *= scale
+            block.mlp.fc2.weight.data *= scale
+    optimizer, shapes, losses = plain_optimizer(model, lambda name: 1), data.Shapes(9, 32), []
+    for step, epoch, batch in plain_batches():
+        images, masks = [], []
+        for index, rng in batch:
+            image = data.random_resized_crop(shapes.open(index), 32, rng, (0.3, 0.7))
+            images.append(data.to_tensor(data.flip(image, rng)))
+            generator = torch.Generator().manual_seed(rng.getrandbits(63))
+            masks.append(kind(1, patches, 11, generator))
+        out = model(data.scale_pixels(torch.stack(images)), torch.cat(masks))
+        loss = out.pixel_loss + min(1, (epoch + 1) / 1.5) * out.feature_loss
+        losses.append([out.pixel_loss.item(), out.feature_loss.item()])
+        # 0 until 1/8 of training, then linear until 1/2: to what is given, or to an average over
+        # 100,000 / 249,600 of 6 steps; in so short a run the first two averages are of one step.
+        rise = min(1, max(0, step / 6 - 1 / 8) / (3 / 8))
+        momentum_now = rise * (momentum or 1 - 2.496 / 6)
+        plain_step(step, optimizer, loss, model.teacher, model.encoder, momentum_now)
+    assert_same(load(tmp_path / "checkpoint.pt")["model"], model.state_dict())
+    assert_same(load(tmp_path / "encoder.pt"), model.encoder.state_dict())
+    log = [[line["pixel_loss"], line["feature_loss"]] for line in read_log(tmp_path)]
+    assert np.array(log) == pytest.approx(np.reshape(losses, (3, 2, 2)).mean(axis=1), rel=1e-6)
+
+
+@pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
+def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
+    shapes, files = data.Shapes(9, 40), []  # image i is of class i % 3; a folder's come by class
+    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
+        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
+        save_at(files[-1], shapes.open(index))
+    (tmp_path / "val").symlink_to("train")
+    torch.manual_seed(0)
+    model = ViT(32, 8, **SIZES["nano"], num_classes=3, drop_path=0.3)
+    model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
+    torch.save(model.state_dict(), tmp_path / "start.pt")
+    flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
+               --cutmix 2 --smoothing 0.2 --rand_augment 4 --erasing 0.5 --model_ema 0.6""".split()
+    flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
+    call(finetune, *LOOP, *flags, *peak.split())
+
+    def scale(name):  # the embeddings are layer 0, the blocks 1 to 4, norm and head 5
+        layer = 5 if name.startswith(("fc_norm", "head")) else 0
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
+        return 0.5 ** (5 - layer)
+
+    average, optimizer, losses = copy.deepcopy(model), plain_optimizer(model, scale), []
+    for step, _, batch in plain_batches():
+        views = []
+        for index, rng in batch:
+            image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
+            image = data.rand_augment(data.flip(image, rng), rng, magnitude=4)
+            views.append(data.to_tensor(image))
+        noise = random.Random(f"3 noise {step} 0").getrandbits(63)  # of erasing and drop path
+        torch.manual_seed(noise)
+        rng = random.Random(f"3 mix {step} 0 0")
+        images = data.random_erasing(data.scale_pixels(torch.stack(views)), 0.5, rng)
+        labels = torch.tensor([index // 3 for index, _ in batch])
+        images, targets = data.mixup_cutmix(images, labels, 3, 0.4, 2, 0.2, rng)
+        loss = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
+        losses.append(loss.item())
+        plain_step(step, optimizer, loss, average, model, 0.6)
+    checkpoint = load(tmp_path / "checkpoint.pt")
+    assert_same(checkpoint["model"], model.state_dict())
+    assert_same(checkpoint["average"], average.state_dict())
+    log = [line["loss"] for line in checkpoint["log"]]
+    assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-6)
+
+
+def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
+    """Of the blocks up to the second; the encoder stays as it is, and drops no path."""
+    shapes, files = data.Shapes(9, 40), []
+    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
+        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
+        save_at(files[-1], shapes.open(index))
+    (tmp_path / "val").symlink_to("train")
+    torch.save(small_vit().state_dict(), tmp_path / "start.pt")
+    flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
+               --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
+    flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
+    call(finetune, *LOOP, *flags)
+
+    torch.manual_seed(3)
+    encoder, head = load_vit(tmp_path / "start.pt", 32, 0), torch.nn.Linear(128, 3)
+    torch.nn.init.trunc_normal_(head.weight, std=0.01)
+    w, b = head.weight.detach().requires_grad_(), torch.zeros(3, requires_grad=True)
+    losses, mean, variance, speed_w, speed_b = [], torch.zeros(128), torch.ones(128), 0, 0
+    for step, _, batch in plain_batches():
+        views = []
+        for index, rng in batch:
+            image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
+            views.append(data.to_tensor(data.flip(image, rng)))
+        x = plain_features(encoder, data.scale_pixels(torch.stack(views)), 2)
+        mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0)
+        x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-6).sqrt()
+        targets = 0.8 * torch.eye(3)[torch.tensor([index // 3 for index, _ in batch])] + 0.2 / 3
+        loss = -(targets * (x @ w.T + b).log_softmax(dim=1)).sum(dim=1).mean()
+        losses.append(loss.item())
+        grad_w, grad_b = torch.autograd.grad(loss, (w, b))
+        lr = 10 * step / 2
+        if step >= 2:
+            lr = 0.001 + (10 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        with torch.no_grad():
+            grad_w += 4 * w  # weight decay, and not of the biases
+            trust = 0.001 * w.square().sum().sqrt() / grad_w.square().sum().sqrt()
+            speed_w = 0.9 * speed_w + trust * grad_w
+            speed_b = 0.9 * speed_b + grad_b
+            w -= lr * speed_w
+            b -= lr * speed_b
+    checkpoint = load(tmp_path / "checkpoint.pt")
+    found = [checkpoint["model"][name] for name in (
+        "head.weight", "head.bias", "norm.running_mean", "norm.running_var")]
+    near(found, [w.detach(), b.detach(), mean, variance], rtol=1e-3, atol=1e-5)
+    log = [line["loss"] for line in checkpoint["log"]]
+    assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-4)
+    images, labels = plain_middles(tmp_path / "train", 32, 1)
+    x = (plain_features(encoder, images, 2) - mean) / (variance + 1e-6).sqrt()
+    top1, _ = plain_accuracy(x @ w.detach().T + b.detach(), labels)
+    assert checkpoint["log"][-1]["top1"] == pytest.approx(top1)
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_gradients_of_parts_are_those_of_the_batch(tmp_path, monkeypatch, module):
+    """AdamW would hide a wrong scale of all gradients. In fp16, where the loss is scaled, too."""
+    def take_no_step(optimizer):
+        scale = getattr(optimizer, "grad_scale", None)  # what a fused AdamW divides by
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found.append([p.grad / (1 if scale is None else scale) for p in parameters])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", take_no_step)
+    flags, found = TRAIN if module is train else ["--scratch", *TUNE], []
+    flags = [*flags, "--branch_init", 1]
+    for parts, amp in (1, "off"), (4, "off"), (2, "fp16"):
+        call(module, *flags, "--epochs", 1, "--accum_steps", parts, "--amp", amp,
+             "--out", tmp_path / f"{parts}")
+    torch.testing.assert_close(found[0], found[6], rtol=1e-4, atol=1e-6)
+    whole, half = (torch.cat([grad.flatten() for grad in found[n]]) for n in (0, 12))
+    assert (half - whole).norm() < 0.02 * whole.norm()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at what would wait for a GPU: a number or a shape that depends on values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, by_mask = func.overloadpacket.__name__, False
+        if name in ("index", "index_put_"):
+            by_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not by_mask and not name.startswith(self.names), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("module", [train, finetune])
+def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch, module):
+    """Steps 2 to 5 of 6 are watched, but not loading and two checks that are made on the CPU."""
+    steps, watch = [], contextlib.ExitStack()
+
+    def stop_asked(run):
+        steps.append(run)
+        if len(steps) == 1:
+            watch.enter_context(NoWaiting())
+        if len(steps) == 5:
+            watch.close()
+        return False
+
+    monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
+    for owner, name in (data.Samples, "__getitem__"), (BootMAE, "split"), (data.F, "one_hot"):
+        monkeypatch.setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
+    flags = TRAIN if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
+    with watch:
+        call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
+    assert len(steps) == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# The authors' code, which BOOTMAE_OFFICIAL names
+
+
+def split_biases(weights):
+    """As the authors store them: q's and v's apart, none for k."""
+    theirs = dict(weights)
+    for key in weights:
+        attention, dot, layer = key.removesuffix(".bias").rpartition(".")
+        if key.endswith(".bias") and layer in ("q", "kv", "qkv"):
+            parts = dict(zip(layer, theirs.pop(key).chunk(len(layer))))
+            theirs |= {f"{attention}.{name}_bias": parts[name] for name in parts if name != "k"}
+    return theirs
+
+
+def to_official(model):
+    """The weights of a BootMAE in the authors' layout: their 'model' and 'model_ema'."""
+    words = dict(embed="down", norm="decode_norm", blocks="decode_blocks", head="lm_head",
+                 pos_embed="de_pos_embed", norm_query="norm3", norm_context="norm4",
+                 cross_attn="c_attn")
+    theirs = dict(model.encoder.state_dict())
+    for decoder, suffix in (model.regressor, ""), (model.predictor, "_1"):
+        for key, value in decoder.state_dict().items():
+            part, *rest = (words.get(word, word) for word in key.split("."))
+            theirs[".".join([part + suffix, *rest])] = value
+    del theirs["de_pos_embed_1"]  # one table serves encoder and predictor
+    p = model.patch_size
+    theirs["lm_head.proj.weight"] = theirs.pop("lm_head.weight").T.unflatten(1, (3, p, p))
+    theirs["lm_head.proj.bias"] = theirs.pop("lm_head.bias").view(3, p * p)[:, 0]  # one a channel
+    return {"model": split_biases(theirs), "model_ema": split_biases(model.teacher.state_dict())}
+
+
+def test_from_official_pretraining():
+    """As 12 heads do not divide a width of 512, 6 do not divide 32: q, k and v are 30 wide."""
+    model = shaken(BootMAE(12, 4, embed_dim=48, depth=2, num_heads=6, decoder_dim=32))
+    theirs = copy.deepcopy(to_official(model))
+    weights, average = theirs["model"], theirs["model_ema"]
+    for name in "model", "module":  # 'module' is DeepSpeed's
+        model.load_state_dict(from_official({name: weights, "model_ema": average}))
+        assert_same(to_official(model), theirs)
+    assert model.regressor.blocks[0].attn.qkv.bias[30:60].abs().max() == 0  # k's
+    assert model.regressor.blocks[0].cross_attn.kv.bias[:30].abs().max() == 0
+    # Their pixel head is a transposed convolution over the grid of tokens.
+    head = weights["lm_head.proj.weight"], weights["lm_head.proj.bias"]
+    tokens = torch.randn(2, 32, 3, 3)
+    pixels = unpatchify(model.regressor.head(tokens.flatten(2).mT), 4, (3, 3))
+    near(pixels, F.conv_transpose2d(tokens, *head, stride=4))
+    # Without an average, the encoder teaches.
+    assert torch.equal(from_official(weights)["teacher.cls_token"], weights["cls_token"])
+    with pytest.raises(ValueError, match="surprise"):
+        from_official(weights | {"surprise.weight": torch.zeros(1)})
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """Imports a module of the authors' code, from BOOTMAE_OFFICIAL, without timm or a GPU.
+
+    Stand-ins take the place of old packages, and of their data sets and optimizers, which are not
+    run here.
+    """
+    if not os.environ.get("BOOTMAE_OFFICIAL"):
+        pytest.skip("BOOTMAE_OFFICIAL names no checkout of https://github.com/LightDXY/BootMAE")
+    anything = MagicMock(register_model=lambda factory: factory, to_2tuple=lambda n: (n, n),
+                         trunc_normal_=torch.nn.init.trunc_normal_, inf=math.inf)
+    names = """timm timm.models timm.models.layers timm.models.registry timm.utils torch._six
+               torchvision torchvision.utils tensorboardX datasets optim_factory""".split()
+    monkeypatch.syspath_prepend(os.path.abspath(os.environ["BOOTMAE_OFFICIAL"]))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.cuda.amp, "autocast", contextlib.nullcontext)
+    monkeypatch.setattr(random, "randint", lambda low, high: low)  # their mask is not rolled
+
+    def load(name):
+        with patch.dict("sys.modules", dict.fromkeys(names, anything)):  # forgets them afterwards
+            return importlib.import_module(name)
+
+    return load
+
+
+def official_vit(module, monkeypatch, class_name, factory, **sizes):
+    """What their ViT-B `factory` builds, but with other `sizes`; float64, and shaken."""
+    build = getattr(module, class_name)
+    monkeypatch.setattr(module, class_name, lambda **settings: build(**settings | sizes))
+    return shaken(getattr(module, factory)().double())
+
+
+def assert_same_gradients(ours, theirs):
+    """To 1e-6 of each tensor's largest. Where k has a bias, its gradient is 0."""
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    expected = from_official(grads)
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            grad, wanted = p.grad, expected[name]
+            if name == "regressor.head.bias":  # theirs is the sum over a channel's pixels
+                grad, wanted = grad.view(3, -1).sum(dim=1), wanted.view(3, -1)[:, 0]
+            scale = float(wanted.abs().max())
+            assert scale > 0, name
+            near(grad, wanted, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_official_pretraining(official, monkeypatch, weighted):
+    """One step of their train_one_epoch: ViT-B's 12 blocks and heads, but 96 and 64 wide."""
+    torch.manual_seed(0)
+    script, module = official("run_pretraining"), official("models.modeling_pretrain_bootmae")
+    theirs = official_vit(module, monkeypatch, "VisionTransformerForMaskedImageModeling",
+                          "bootmae_base", img_size=32, patch_size=4, embed_dim=96, decode_dim=64)
+    # Features, and below pixels, are so alike that the norms' eps count.
+    theirs.lm_head_1.weight.data *= 0.01
+    theirs.lm_head_1.bias.data *= 0.01
+    average = shaken(copy.deepcopy(theirs))
+    images = torch.rand(3, 3, 32, 32).double() * 2 - 1
+    images *= torch.tensor([1, 0.1, 0.01]).view(3, 1, 1, 1)
+    mask = block_mask(3, (8, 8), 48)
+
+    seen = []
+    theirs.register_forward_hook(lambda module, args, out: seen.append(out))
+    theirs.__dict__["module"] = theirs  # as of DistributedDataParallel
+    scaler = MagicMock(side_effect=lambda loss, *args, **named: loss.backward() or 0.0)
+    scaler.state_dict.return_value = {"scale": 1.0}
+    args = SimpleNamespace(feature_weight=1, epochs=8, window_size=(8, 8), patch_size=(4, 4),
+                           mask_num=48, weight_mask=weighted, model_ema_decay=0.999)
+    losses = script.train_one_epoch(  # epoch 0 of 8: the feature loss counts half
+        theirs, [((images, mask), None)], MagicMock(), torch.device("cpu"), 0, scaler, rank=1,
+        start_steps=0, update_freq=1, args=args, model_ema=MagicMock(ema=average))
+
+    ours = BootMAE(32, 4, 96, 12, 12, decoder_dim=64, weighted_loss=weighted).double()
+    state = from_official({"model": theirs.state_dict(), "model_ema": average.state_dict()})
+    for name, table in ours.state_dict().items():  # before theirs take their place
+        if name.endswith("pos_embed"):
+            near(table, state[name])
+    ours.load_state_dict(state)
+    out = ours(images, mask)
+    (out.pixel_loss + 0.5 * out.feature_loss).backward()
+    assert torch.equal(out.masked, mask.nonzero()[:, 1].view(3, 48))
+    near(out.pixels, patchify(seen[0][0], 4)[mask].view(3, 48, 48), atol=1e-8)
+    near(out.features, seen[0][1][mask].view(3, 48, 96), atol=1e-8)
+    assert float(out.pixel_loss) == pytest.approx(losses["Rloss"], rel=1e-6)
+    assert float(out.feature_loss) == pytest.approx(losses["Ploss"], rel=1e-6)
+    assert_same_gradients(ours, theirs)
+
+
+def test_official_fine_tuning(official, monkeypatch):
+    """ViT-B's blocks and heads but 96 wide; the grid is 14 x 14, as their positions always are."""
+    torch.manual_seed(0)
+    module = official("models.modeling_finetune_bootmae")
+    theirs = official_vit(module, monkeypatch, "VisionTransformer", "bootmae_base_patch16_224",
+                          img_size=56, patch_size=4, embed_dim=96, num_classes=7)
+    ours = ViT(56, 4, 96, 12, 12, num_classes=7).double()
+    ours.load_state_dict(from_official({"module": theirs.state_dict()}))
+    images, labels = torch.rand(3, 3, 56, 56).double() * 2 - 1, torch.tensor([0, 3, 6])
+    logits = ours(images), theirs(images)
+    for answers in logits:
+        F.cross_entropy(answers, labels).backward()
+    near(*logits, atol=1e-8)
+    assert_same_gradients(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------------
+# model.py
 
 
 def test_resized_positions_keep_cls_and_smooth_maps():
@@ -457,160 +856,6 @@ def test_wrong_input_is_named(call, message):
 
 # --------------------------------------------------------------------------------------------------
 # model.py: files of weights
-
-
-def split_biases(weights):
-    """As the authors store them: q's and v's apart, none for k."""
-    theirs = dict(weights)
-    for key in weights:
-        attention, dot, layer = key.removesuffix(".bias").rpartition(".")
-        if key.endswith(".bias") and layer in ("q", "kv", "qkv"):
-            parts = dict(zip(layer, theirs.pop(key).chunk(len(layer))))
-            theirs |= {f"{attention}.{name}_bias": parts[name] for name in parts if name != "k"}
-    return theirs
-
-
-def to_official(model):
-    """The weights of a BootMAE in the authors' layout: their 'model' and 'model_ema'."""
-    words = dict(embed="down", norm="decode_norm", blocks="decode_blocks", head="lm_head",
-                 pos_embed="de_pos_embed", norm_query="norm3", norm_context="norm4",
-                 cross_attn="c_attn")
-    theirs = dict(model.encoder.state_dict())
-    for decoder, suffix in (model.regressor, ""), (model.predictor, "_1"):
-        for key, value in decoder.state_dict().items():
-            part, *rest = (words.get(word, word) for word in key.split("."))
-            theirs[".".join([part + suffix, *rest])] = value
-    del theirs["de_pos_embed_1"]  # one table serves encoder and predictor
-    p = model.patch_size
-    theirs["lm_head.proj.weight"] = theirs.pop("lm_head.weight").T.unflatten(1, (3, p, p))
-    theirs["lm_head.proj.bias"] = theirs.pop("lm_head.bias").view(3, p * p)[:, 0]  # one a channel
-    return {"model": split_biases(theirs), "model_ema": split_biases(model.teacher.state_dict())}
-
-
-def test_from_official_pretraining():
-    """As 12 heads do not divide a width of 512, 6 do not divide 32: q, k and v are 30 wide."""
-    model = shaken(BootMAE(12, 4, embed_dim=48, depth=2, num_heads=6, decoder_dim=32))
-    theirs = copy.deepcopy(to_official(model))
-    weights, average = theirs["model"], theirs["model_ema"]
-    for name in "model", "module":  # 'module' is DeepSpeed's
-        model.load_state_dict(from_official({name: weights, "model_ema": average}))
-        assert_same(to_official(model), theirs)
-    assert model.regressor.blocks[0].attn.qkv.bias[30:60].abs().max() == 0  # k's
-    assert model.regressor.blocks[0].cross_attn.kv.bias[:30].abs().max() == 0
-    # Their pixel head is a transposed convolution over the grid of tokens.
-    head = weights["lm_head.proj.weight"], weights["lm_head.proj.bias"]
-    tokens = torch.randn(2, 32, 3, 3)
-    pixels = unpatchify(model.regressor.head(tokens.flatten(2).mT), 4, (3, 3))
-    near(pixels, F.conv_transpose2d(tokens, *head, stride=4))
-    # Without an average, the encoder teaches.
-    assert torch.equal(from_official(weights)["teacher.cls_token"], weights["cls_token"])
-    with pytest.raises(ValueError, match="surprise"):
-        from_official(weights | {"surprise.weight": torch.zeros(1)})
-
-
-@pytest.fixture
-def official(monkeypatch):
-    """Imports a module of the authors' code, from BOOTMAE_OFFICIAL, without timm or a GPU.
-
-    Stand-ins take the place of old packages, and of their data sets and optimizers, which are not
-    run here.
-    """
-    if not os.environ.get("BOOTMAE_OFFICIAL"):
-        pytest.skip("BOOTMAE_OFFICIAL names no checkout of https://github.com/LightDXY/BootMAE")
-    anything = MagicMock(register_model=lambda factory: factory, to_2tuple=lambda n: (n, n),
-                         trunc_normal_=torch.nn.init.trunc_normal_, inf=math.inf)
-    names = """timm timm.models timm.models.layers timm.models.registry timm.utils torch._six
-               torchvision torchvision.utils tensorboardX datasets optim_factory""".split()
-    monkeypatch.syspath_prepend(os.path.abspath(os.environ["BOOTMAE_OFFICIAL"]))
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
-    monkeypatch.setattr(torch.cuda.amp, "autocast", contextlib.nullcontext)
-    monkeypatch.setattr(random, "randint", lambda low, high: low)  # their mask is not rolled
-
-    def load(name):
-        with patch.dict("sys.modules", dict.fromkeys(names, anything)):  # forgets them afterwards
-            return importlib.import_module(name)
-
-    return load
-
-
-def official_vit(module, monkeypatch, class_name, factory, **sizes):
-    """What their ViT-B `factory` builds, but with other `sizes`; float64, and shaken."""
-    build = getattr(module, class_name)
-    monkeypatch.setattr(module, class_name, lambda **settings: build(**settings | sizes))
-    return shaken(getattr(module, factory)().double())
-
-
-def assert_same_gradients(ours, theirs):
-    """To 1e-6 of each tensor's largest. Where k has a bias, its gradient is 0."""
-    grads = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    expected = from_official(grads)
-    for name, p in ours.named_parameters():
-        if p.requires_grad:
-            grad, wanted = p.grad, expected[name]
-            if name == "regressor.head.bias":  # theirs is the sum over a channel's pixels
-                grad, wanted = grad.view(3, -1).sum(dim=1), wanted.view(3, -1)[:, 0]
-            scale = float(wanted.abs().max())
-            assert scale > 0, name
-            near(grad, wanted, atol=1e-6 * scale, msg=name)
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-def test_official_pretraining(official, monkeypatch, weighted):
-    """One step of their train_one_epoch: ViT-B's 12 blocks and heads, but 96 and 64 wide."""
-    torch.manual_seed(0)
-    script, module = official("run_pretraining"), official("models.modeling_pretrain_bootmae")
-    theirs = official_vit(module, monkeypatch, "VisionTransformerForMaskedImageModeling",
-                          "bootmae_base", img_size=32, patch_size=4, embed_dim=96, decode_dim=64)
-    # Features, and below pixels, are so alike that the norms' eps count.
-    theirs.lm_head_1.weight.data *= 0.01
-    theirs.lm_head_1.bias.data *= 0.01
-    average = shaken(copy.deepcopy(theirs))
-    images = torch.rand(3, 3, 32, 32).double() * 2 - 1
-    images *= torch.tensor([1, 0.1, 0.01]).view(3, 1, 1, 1)
-    mask = block_mask(3, (8, 8), 48)
-
-    seen = []
-    theirs.register_forward_hook(lambda module, args, out: seen.append(out))
-    theirs.__dict__["module"] = theirs  # as of DistributedDataParallel
-    scaler = MagicMock(side_effect=lambda loss, *args, **named: loss.backward() or 0.0)
-    scaler.state_dict.return_value = {"scale": 1.0}
-    args = SimpleNamespace(feature_weight=1, epochs=8, window_size=(8, 8), patch_size=(4, 4),
-                           mask_num=48, weight_mask=weighted, model_ema_decay=0.999)
-    losses = script.train_one_epoch(  # epoch 0 of 8: the feature loss counts half
-        theirs, [((images, mask), None)], MagicMock(), torch.device("cpu"), 0, scaler, rank=1,
-        start_steps=0, update_freq=1, args=args, model_ema=MagicMock(ema=average))
-
-    ours = BootMAE(32, 4, 96, 12, 12, decoder_dim=64, weighted_loss=weighted).double()
-    state = from_official({"model": theirs.state_dict(), "model_ema": average.state_dict()})
-    for name, table in ours.state_dict().items():  # before theirs take their place
-        if name.endswith("pos_embed"):
-            near(table, state[name])
-    ours.load_state_dict(state)
-    out = ours(images, mask)
-    (out.pixel_loss + 0.5 * out.feature_loss).backward()
-    assert torch.equal(out.masked, mask.nonzero()[:, 1].view(3, 48))
-    near(out.pixels, patchify(seen[0][0], 4)[mask].view(3, 48, 48), atol=1e-8)
-    near(out.features, seen[0][1][mask].view(3, 48, 96), atol=1e-8)
-    assert float(out.pixel_loss) == pytest.approx(losses["Rloss"], rel=1e-6)
-    assert float(out.feature_loss) == pytest.approx(losses["Ploss"], rel=1e-6)
-    assert_same_gradients(ours, theirs)
-
-
-def test_official_fine_tuning(official, monkeypatch):
-    """ViT-B's blocks and heads but 96 wide; the grid is 14 x 14, as their positions always are."""
-    torch.manual_seed(0)
-    module = official("models.modeling_finetune_bootmae")
-    theirs = official_vit(module, monkeypatch, "VisionTransformer", "bootmae_base_patch16_224",
-                          img_size=56, patch_size=4, embed_dim=96, num_classes=7)
-    ours = ViT(56, 4, 96, 12, 12, num_classes=7).double()
-    ours.load_state_dict(from_official({"module": theirs.state_dict()}))
-    images, labels = torch.rand(3, 3, 56, 56).double() * 2 - 1, torch.tensor([0, 3, 6])
-    logits = ours(images), theirs(images)
-    for answers in logits:
-        F.cross_entropy(answers, labels).backward()
-    near(*logits, atol=1e-8)
-    assert_same_gradients(ours, theirs)
 
 
 def small_vit(**changes):
@@ -2816,247 +3061,6 @@ def test_batches_travel_as_bytes_and_nothing_waits_for_them(tmp_path, monkeypatc
     images = [x for x in moved if x.ndim == 4 and len(x) == 8]
     assert len(images) >= 6 and {x.dtype for x in images} == {torch.uint8}
     assert all(checked) and len(checked) == (7 if module is train else 0)
-
-
-# --------------------------------------------------------------------------------------------------
-# The training loops, against plain ones: 9 images in batches of 4, so 2 steps an epoch and an image
-# left over, for 3 epochs, the first of them warm-up. Settings are far from the defaults, so that
-# one that does not arrive shows. Both sides do the same arithmetic in the same order, so weights
-# are equal to the bit.
-
-LOOP = """--img_size 32 --batch_size 4 --epochs 3 --warmup_epochs 1 --min_lr 0.001 --weight_decay 4
-          --betas 0.8 0.95 --crop_scale 0.3 0.7 --seed 3 --workers 0 --save_every 3
-          --amp off""".split()
-
-
-def plain_batches():
-    """Step, epoch, and for each image its number and the generator of all its randomness."""
-    for step in range(6):
-        epoch, place = divmod(step, 2)
-        seed = random.Random(f"3 order {epoch}").getrandbits(63)
-        order = torch.randperm(9, generator=torch.Generator().manual_seed(seed)).tolist()
-        indices = order[4 * place : 4 * place + 4]
-        yield step, epoch, [(index, random.Random(f"3 {epoch} {index}")) for index in indices]
-
-
-def plain_optimizer(model, scale):
-    """AdamW with a group for each parameter; scale(name) multiplies its learning rate."""
-    groups = []
-    for name, p in model.named_parameters():
-        if not name.startswith("teacher"):
-            spared = "norm" in name or name.endswith(("bias", "cls_token"))
-            groups.append(dict(params=[p], weight_decay=0 if spared else 4, scale=scale(name)))
-    return torch.optim.AdamW(groups, betas=(0.8, 0.95), fused=True)
-
-
-def plain_step(step, optimizer, loss, average, model, momentum):
-    """The rate goes from 0 to 0.01 over 2 steps, then on a cosine to 0.001 at what would be step 6.
-
-    `average` follows `model`.
-    """
-    lr = 0.01 * step / 2
-    if step >= 2:
-        lr = 0.001 + (0.01 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
-    loss.backward()
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        for old, new in zip(average.parameters(), model.parameters(), strict=True):
-            old.lerp_(new, 1 - momentum)
-
-
-@pytest.mark.parametrize("mask, kind, patches, inject, weighted, momentum, scale", [
-    ("block", block_mask, (4, 4), (1, -1), 1, 0.5, 1.0),
-    ("random", random_mask, 16, (3, 0), 0, None, 0.3)])
-def test_pretraining_takes_the_steps_of_a_plain_loop(
-        tmp_path, mask, kind, patches, inject, weighted, momentum, scale):
-    flags = """--recipe shapes --num_images 9 --decoder_dim 32 --decoder_depth 1 --mask_ratio 0.7
-               --base_lr 0.64 --feature_ramp 0.5""".split()  # so the peak is 0.01
-    flags += ["--mask", mask, "--inject", *inject, "--weighted_loss", weighted]
-    flags += ["--branch_init", scale]
-    if momentum:
-        flags += ["--momentum", 0, 0, momentum]
-    call(train, *LOOP, *flags, "--out", tmp_path)
-
-    torch.manual_seed(3)
-    model = BootMAE(32, 8, **SIZES["nano"], decoder_dim=32, decoder_depth=1, inject=inject,
-                    weighted_loss=bool(weighted))
-    for vit in model.encoder, model.teacher:  # their residual branches, and no decoder's
-        for block in vit.blocks:
-            block.attn.proj.weight.data *= scale
-            block.mlp.fc2.weight.data *= scale
-    optimizer, shapes, losses = plain_optimizer(model, lambda name: 1), data.Shapes(9, 32), []
-    for step, epoch, batch in plain_batches():
-        images, masks = [], []
-        for index, rng in batch:
-            image = data.random_resized_crop(shapes.open(index), 32, rng, (0.3, 0.7))
-            images.append(data.to_tensor(data.flip(image, rng)))
-            generator = torch.Generator().manual_seed(rng.getrandbits(63))
-            masks.append(kind(1, patches, 11, generator))
-        out = model(data.scale_pixels(torch.stack(images)), torch.cat(masks))
-        loss = out.pixel_loss + min(1, (epoch + 1) / 1.5) * out.feature_loss
-        losses.append([out.pixel_loss.item(), out.feature_loss.item()])
-        # 0 until 1/8 of training, then linear until 1/2: to what is given, or to an average over
-        # 100,000 / 249,600 of 6 steps; in so short a run the first two averages are of one step.
-        rise = min(1, max(0, step / 6 - 1 / 8) / (3 / 8))
-        momentum_now = rise * (momentum or 1 - 2.496 / 6)
-        plain_step(step, optimizer, loss, model.teacher, model.encoder, momentum_now)
-    assert_same(load(tmp_path / "checkpoint.pt")["model"], model.state_dict())
-    assert_same(load(tmp_path / "encoder.pt"), model.encoder.state_dict())
-    log = [[line["pixel_loss"], line["feature_loss"]] for line in read_log(tmp_path)]
-    assert np.array(log) == pytest.approx(np.reshape(losses, (3, 2, 2)).mean(axis=1), rel=1e-6)
-
-
-@pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
-def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
-    shapes, files = data.Shapes(9, 40), []  # image i is of class i % 3; a folder's come by class
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
-    torch.manual_seed(0)
-    model = ViT(32, 8, **SIZES["nano"], num_classes=3, drop_path=0.3)
-    model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
-    torch.save(model.state_dict(), tmp_path / "start.pt")
-    flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
-               --cutmix 2 --smoothing 0.2 --rand_augment 4 --erasing 0.5 --model_ema 0.6""".split()
-    flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
-    call(finetune, *LOOP, *flags, *peak.split())
-
-    def scale(name):  # the embeddings are layer 0, the blocks 1 to 4, norm and head 5
-        layer = 5 if name.startswith(("fc_norm", "head")) else 0
-        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layer
-        return 0.5 ** (5 - layer)
-
-    average, optimizer, losses = copy.deepcopy(model), plain_optimizer(model, scale), []
-    for step, _, batch in plain_batches():
-        views = []
-        for index, rng in batch:
-            image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
-            image = data.rand_augment(data.flip(image, rng), rng, magnitude=4)
-            views.append(data.to_tensor(image))
-        noise = random.Random(f"3 noise {step} 0").getrandbits(63)  # of erasing and drop path
-        torch.manual_seed(noise)
-        rng = random.Random(f"3 mix {step} 0 0")
-        images = data.random_erasing(data.scale_pixels(torch.stack(views)), 0.5, rng)
-        labels = torch.tensor([index // 3 for index, _ in batch])
-        images, targets = data.mixup_cutmix(images, labels, 3, 0.4, 2, 0.2, rng)
-        loss = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
-        losses.append(loss.item())
-        plain_step(step, optimizer, loss, average, model, 0.6)
-    checkpoint = load(tmp_path / "checkpoint.pt")
-    assert_same(checkpoint["model"], model.state_dict())
-    assert_same(checkpoint["average"], average.state_dict())
-    log = [line["loss"] for line in checkpoint["log"]]
-    assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-6)
-
-
-def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
-    """Of the blocks up to the second; the encoder stays as it is, and drops no path."""
-    shapes, files = data.Shapes(9, 40), []
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
-    torch.save(small_vit().state_dict(), tmp_path / "start.pt")
-    flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
-               --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
-    flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
-    call(finetune, *LOOP, *flags)
-
-    torch.manual_seed(3)
-    encoder, head = load_vit(tmp_path / "start.pt", 32, 0), torch.nn.Linear(128, 3)
-    torch.nn.init.trunc_normal_(head.weight, std=0.01)
-    w, b = head.weight.detach().requires_grad_(), torch.zeros(3, requires_grad=True)
-    losses, mean, variance, speed_w, speed_b = [], torch.zeros(128), torch.ones(128), 0, 0
-    for step, _, batch in plain_batches():
-        views = []
-        for index, rng in batch:
-            image = data.random_resized_crop(Image.open(files[index]), 32, rng, (0.3, 0.7))
-            views.append(data.to_tensor(data.flip(image, rng)))
-        x = plain_features(encoder, data.scale_pixels(torch.stack(views)), 2)
-        mean, variance = 0.9 * mean + 0.1 * x.mean(0), 0.9 * variance + 0.1 * x.var(0)
-        x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-6).sqrt()
-        targets = 0.8 * torch.eye(3)[torch.tensor([index // 3 for index, _ in batch])] + 0.2 / 3
-        loss = -(targets * (x @ w.T + b).log_softmax(dim=1)).sum(dim=1).mean()
-        losses.append(loss.item())
-        grad_w, grad_b = torch.autograd.grad(loss, (w, b))
-        lr = 10 * step / 2
-        if step >= 2:
-            lr = 0.001 + (10 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
-        with torch.no_grad():
-            grad_w += 4 * w  # weight decay, and not of the biases
-            trust = 0.001 * w.square().sum().sqrt() / grad_w.square().sum().sqrt()
-            speed_w = 0.9 * speed_w + trust * grad_w
-            speed_b = 0.9 * speed_b + grad_b
-            w -= lr * speed_w
-            b -= lr * speed_b
-    checkpoint = load(tmp_path / "checkpoint.pt")
-    found = [checkpoint["model"][name] for name in (
-        "head.weight", "head.bias", "norm.running_mean", "norm.running_var")]
-    near(found, [w.detach(), b.detach(), mean, variance], rtol=1e-3, atol=1e-5)
-    log = [line["loss"] for line in checkpoint["log"]]
-    assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-4)
-    images, labels = plain_middles(tmp_path / "train", 32, 1)
-    x = (plain_features(encoder, images, 2) - mean) / (variance + 1e-6).sqrt()
-    top1, _ = plain_accuracy(x @ w.detach().T + b.detach(), labels)
-    assert checkpoint["log"][-1]["top1"] == pytest.approx(top1)
-
-
-@pytest.mark.parametrize("module", [train, finetune])
-def test_gradients_of_parts_are_those_of_the_batch(tmp_path, monkeypatch, module):
-    """AdamW would hide a wrong scale of all gradients. In fp16, where the loss is scaled, too."""
-    def take_no_step(optimizer):
-        scale = getattr(optimizer, "grad_scale", None)  # what a fused AdamW divides by
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        found.append([p.grad / (1 if scale is None else scale) for p in parameters])
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", take_no_step)
-    flags, found = TRAIN if module is train else ["--scratch", *TUNE], []
-    flags = [*flags, "--branch_init", 1]
-    for parts, amp in (1, "off"), (4, "off"), (2, "fp16"):
-        call(module, *flags, "--epochs", 1, "--accum_steps", parts, "--amp", amp,
-             "--out", tmp_path / f"{parts}")
-    torch.testing.assert_close(found[0], found[6], rtol=1e-4, atol=1e-6)
-    whole, half = (torch.cat([grad.flatten() for grad in found[n]]) for n in (0, 12))
-    assert (half - whole).norm() < 0.02 * whole.norm()
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at what would wait for a GPU: a number or a shape that depends on values."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, by_mask = func.overloadpacket.__name__, False
-        if name in ("index", "index_put_"):
-            by_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert not by_mask and not name.startswith(self.names), func
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("module", [train, finetune])
-def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch, module):
-    """Steps 2 to 5 of 6 are watched, but not loading and two checks that are made on the CPU."""
-    steps, watch = [], contextlib.ExitStack()
-
-    def stop_asked(run):
-        steps.append(run)
-        if len(steps) == 1:
-            watch.enter_context(NoWaiting())
-        if len(steps) == 5:
-            watch.close()
-        return False
-
-    monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
-    for owner, name in (data.Samples, "__getitem__"), (BootMAE, "split"), (data.F, "one_hot"):
-        monkeypatch.setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
-    flags = TRAIN if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
-    with watch:
-        call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
-    assert len(steps) == 6
 
 
 # --------------------------------------------------------------------------------------------------
