@@ -197,17 +197,13 @@ def layer_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[di
 # Evaluation
 
 
-@torch.no_grad()
 def evaluate(models: list[nn.Module], samples: data.Samples,
              run: train.Run) -> list[dict[str, float]]:
     """`accuracy` of each model. The models share one pass, because loading may take longest."""
     counts = torch.zeros(len(models), 3, dtype=torch.int64, device=run.device)
     models = nn.ModuleList(models).eval()
-    for images, labels in eval_batches(samples, run):
-        images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
-        for model, count in zip(models, counts):
-            with run.autocast():
-                logits = model(images)                                       # (b, num_classes)
+    for outputs, labels in outputs_of(models, samples, run):
+        for logits, count in zip(outputs, counts):                           # (b, num_classes)
             count += count_correct(logits, labels)
     models.train()
     return [accuracy(count, samples, run) for count in counts]
@@ -218,8 +214,10 @@ def eval_samples(source, args: argparse.Namespace) -> data.Samples:
     return data.Samples(source, functools.partial(eval_view, args=args), replace=False)
 
 
-def eval_batches(samples: data.Samples, run: train.Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of this process's share: images uint8 (b, 3, H, W), labels (b,).
+@torch.no_grad()
+def outputs_of(models, samples: data.Samples,
+               run: train.Run) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The models' outputs (b, ...), and labels (b,), for batches of this process's share.
 
     Each process takes every world_size-th image. Nothing is padded, so each image counts once.
     Unreadable images are left out.
@@ -229,7 +227,12 @@ def eval_batches(samples: data.Samples, run: train.Run) -> Iterator[tuple[Tensor
     loader = run.loader(samples, torch.utils.data.BatchSampler(mine, 128, drop_last=False))
     for images, labels in tqdm(loader, leave=False, disable=None if run.is_main else True):
         readable = labels >= 0
-        yield images if readable.all() else images[readable], labels[readable]
+        if not readable.all():
+            images, labels = images[readable], labels[readable]
+        images = to_device(images, run)
+        with run.autocast():
+            outputs = [model(images) for model in models]
+        yield outputs, labels.to(run.device, non_blocking=True)
 
 
 def to_device(images: Tensor, run: train.Run) -> Tensor:
@@ -249,10 +252,14 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 def accuracy(counts: Tensor, samples: data.Samples, run: train.Run) -> dict[str, float]:
     """Sum `count_correct` over all processes: number of images, top1 and top5 in per cent."""
     top1, top5, images = run.all_reduce_sum(counts).tolist()
+    check_readable(images, samples)
+    return dict(images=images, top1=100 * top1 / images, top5=100 * top5 / images)
+
+
+def check_readable(images: int, samples: data.Samples) -> None:
     if not images:
         train.fail(f"no image could be read of {len(samples)}, for example "
                    f"{samples.source.name(0)!r}", code=1)
-    return dict(images=images, top1=100 * top1 / images, top5=100 * top5 / images)
 
 
 def best_top1(log: list[dict]) -> float:
@@ -334,25 +341,20 @@ class LARS(torch.optim.Optimizer):
 def classify_by_neighbours(model: Features, known: data.Samples, val: data.Samples,
                            run: train.Run) -> dict[str, float]:
     """`accuracy` of k-NN. Each process classifies its share of the validation images."""
-    shares = run.gather([extract(model, known, run)])
-    features, labels = map(torch.cat, zip(*shares))                           # (n, D) and (n,)
+    features, labels = extract(model, known, run)                             # (n, D), (n,)
+    mine = [x[run.rank :: run.world_size] for x in extract(model, val, run)]
     num_classes, k = len(known.source.classes), run.args.neighbours
-    counts = knn(features, labels, *extract(model, val, run), num_classes, k, run.device)
-    return accuracy(counts, val, run)
+    return accuracy(knn(features, labels, *mine, num_classes, k, run.device), val, run)
 
 
-@torch.no_grad()
 def extract(model: nn.Module, samples: data.Samples, run: train.Run) -> tuple[Tensor, Tensor]:
-    """Outputs of a model (n, D), float32, and labels (n,) of the images of this process's share."""
-    model.eval()
-    batches = []
-    for images, labels in eval_batches(samples, run):
-        with run.autocast():
-            batches.append((model(to_device(images, run)).float().cpu(), labels))
-    if not batches:  # this share has no image
-        width = model(torch.zeros(1, 3, *[run.args.img_size] * 2, device=run.device)).shape[1]
-        return torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
-    return tuple(map(torch.cat, zip(*batches)))
+    """Outputs (n, D), float32, and labels (n,) of all readable images, on the CPU."""
+    batches = [(torch.zeros(0), torch.zeros(0, dtype=torch.int64))]  # a share may have no image
+    for (output,), labels in outputs_of([model.eval()], samples, run):
+        batches.append((output.float().cpu(), labels.cpu()))
+    outputs, labels = map(torch.cat, zip(*run.gather(batches)))
+    check_readable(len(labels), samples)
+    return outputs, labels
 
 
 def knn(
@@ -395,12 +397,8 @@ def describe_folder(run: train.Run) -> None:
         source.labels = np.arange(len(source))  # image numbers, to match outputs with files
         model = build_model(run).to(run.device)
     run.claim_out()
-    shares = run.gather([extract(model, eval_samples(source, args), run)])
-    outputs, indices = map(torch.cat, zip(*shares))                          # (n, D), (n,)
+    outputs, indices = extract(model, eval_samples(source, args), run)       # (n, D), (n,)
     indices, order = indices.sort()
-    if not len(indices):
-        train.fail(f"no image could be read of {len(source)}, for example {source.name(0)!r}",
-                   code=1)
     files = [os.path.relpath(source.name(index), folder) for index in indices.tolist()]
     if args.features:
         table = io.BytesIO()

@@ -2606,7 +2606,7 @@ def test_predictions(tmp_path, capsys):
     (folder / "broken.png").write_text("no image")
 
     flags = ["--init", run / "best.pt", "--out", out, "--workers", 0, "--amp", "off"]
-    with patch.object(finetune, "eval_batches", None):  # it is said before anything is classified
+    with patch.object(finetune, "outputs_of", None):  # it is said before anything is classified
         assert "/proc" in refused(capsys, finetune, "--predict", folder, *flags, "--out", "/proc/x")
     call(finetune, "--predict", folder, *flags)
     said = capsys.readouterr()
