@@ -47,7 +47,8 @@ class ImageFolder:
 
     classes: their names, sorted, or those given, so that a validation set numbers them alike.
     labels: int64 (number of images,), -1 for an image directly in `root`.
-    fingerprint: a str that changes with the images' names or classes, but not with `root`.
+    fingerprint: a str that changes with the images' names, classes or sizes (of up to 1,000 of
+    them), but not with `root`.
     Raises ValueError without an image, or if `classes` lacks a class; OSError if reading fails.
     """
 
@@ -68,7 +69,9 @@ class ImageFolder:
         # someone writes to it, and each str that is read has its reference count written.
         encoded = [os.fsencode(path) for path in paths]
         self.paths, self.ends = b"".join(encoded), np.cumsum([len(path) for path in encoded])
-        listing = b"\0".join([*encoded, b"", *map(os.fsencode, self.classes)])
+        some = (self.name(index) for index in range(0, len(paths), 1 + len(paths) // 1000))
+        sizes = [os.path.exists(path) and os.path.getsize(path) for path in some]
+        listing = b"\0".join([*encoded, str(sizes).encode(), *map(os.fsencode, self.classes)])
         self.fingerprint = (
             f"{len(paths)} images of {len(self.classes)} classes, {_digest(listing)}")
 
@@ -446,7 +449,9 @@ class Samples(torch.utils.data.Dataset):
             if index not in self.named:
                 self.named.add(index)
                 instead = "another image takes its place" if self.replace else "it is left out"
-                print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # stderr may be closed
+                    print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr,
+                          flush=True)
             if not self.replace:
                 return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), -1
             index = rng.randrange(len(self))

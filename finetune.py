@@ -393,7 +393,7 @@ def describe_folder(run: train.Run) -> None:
     folder = args.predict or args.features
     with train.one_line_errors():
         source = data.ImageFolder(folder)
-        run.check_folders(folder)
+        run.check_out(folder)
         source.labels = np.arange(len(source))  # image numbers, to match outputs with files
         model = build_model(run).to(run.device)
     run.claim_out()
@@ -404,8 +404,8 @@ def describe_folder(run: train.Run) -> None:
         table = io.BytesIO()
         np.savez(table, features=outputs[order].numpy(), files=np.array(files))
         run.save(table.getvalue(), "features.npz")
-        return run.print(f"{len(files)} of {len(source)} images described; {args.out} holds "
-                         "features.npz")
+        return run.print(f"{len(files)} of {len(source)} images described, centre crops of "
+                         f"{args.crop_ratio:g}; {args.out} holds features.npz")
 
     values, labels = outputs[order].softmax(dim=1).topk(min(3, outputs.shape[1]))    # (n, 3) each
     answers = [[(args.classes[label], value) for label, value in zip(*row)]
@@ -487,8 +487,7 @@ def open_images(args: argparse.Namespace, run: train.Run):
         if args.mode == "eval":  # the classes are the classifier's, if it says which
             source = val = data.ImageFolder(held_out, read_file(args.init).get("classes"))
         else:
-            run.check_folders(folder)
-            run.check_folders(held_out)
+            run.check_out(folder, held_out)
             source = data.ImageFolder(folder)
             val = data.ImageFolder(held_out, source.classes)
         for images in source, val:

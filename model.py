@@ -519,10 +519,10 @@ def load_vit(
     or timm's state_dict of a plain ViT, as .safetensors too. img_size: None takes the file's; for
     any other, positions are interpolated. num_classes: None takes the file's (an encoder if it has
     no head), another number a new head, 0 no head. teacher: take the teacher's weights from a
-    pretraining checkpoint. num_heads: None takes that of a best.pt; no other file has it, so then
-    that of SIZES for the width and depth found. pixels: "imagenet" for weights that were trained on
-    pixels normalised with ImageNet's mean and deviation, which is folded into the patch embedding;
-    "signed" for others.
+    pretraining checkpoint. num_heads: None takes that of a best.pt or checkpoint.pt; other files
+    have none, so then that of SIZES for the width and depth found. pixels: "imagenet" for weights
+    that were trained on pixels normalised with ImageNet's mean and deviation, which is folded into
+    the patch embedding; "signed" for others.
     report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
     """
@@ -534,7 +534,8 @@ def load_vit(
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         known = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-        num_heads = num_heads or content.get("num_heads") or known.get((embed_dim, depth))
+        own = content.get("num_heads") or content.get("settings", {}).get("num_heads")
+        num_heads = num_heads or own or known.get((embed_dim, depth))
         if num_heads is None:
             raise ValueError(f"has {depth} blocks of width {embed_dim}, and none of model.py's "
                              "SIZES has: give --num_heads (num_heads=)")

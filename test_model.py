@@ -2139,6 +2139,16 @@ def test_unreadable_images_are_named_and_a_run_of_them_ends_the_run(tmp_path, ca
     assert "\ntrain.py: ten images in a row can't be read" in err
 
 
+def test_swapped_classes_have_another_fingerprint(tmp_path):
+    """By the sizes of the files, where the names are the same."""
+    for number, name in enumerate("ab"):
+        save_at(tmp_path / name / "0.png", Image.effect_noise((9 + 9 * number, 9), 50))
+    before = data.ImageFolder(tmp_path).fingerprint
+    for old, new in ("a", "c"), ("b", "a"), ("c", "b"):
+        (tmp_path / old).rename(tmp_path / new)
+    assert data.ImageFolder(tmp_path).fingerprint != before
+
+
 def test_moved_images_go_on_and_other_images_are_refused(tmp_path, capsys):
     """Even if there are as many: what is compared is their names, not the path of the folder."""
     a, b = shapes_folder(tmp_path / "a", 8), tmp_path / "b"
@@ -2254,6 +2264,34 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
     assert len(read_log(finished)) == 4
 
 
+def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(
+        finished, tmp_path, capsys, monkeypatch):
+    """While this one listed its images, and before it took the lock."""
+    out, list_images = tmp_path / "out", train.open_images
+    out.mkdir()
+
+    def list_slowly(args, run):
+        shutil.copy(finished / "checkpoint.pt", out)
+        return list_images(args, run)
+
+    monkeypatch.setattr(train, "open_images", list_slowly)
+    assert "another run has written" in refused(capsys, train, *TRAIN, "--out", out)
+    call(train, *TRAIN, "--out", out)
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_run_does_not_overwrite_its_start(finished, capsys):
+    flags = ["--init", finished / "encoder.pt", "--out", finished, "--fresh"]
+    assert "lies in --out" in refused(capsys, train, *TRAIN, *flags)
+    assert (finished / "checkpoint.pt").exists()
+
+
+def test_streams_that_are_missing_are_replaced(monkeypatch):
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, None)
+    train.launch(lambda args: print("said"), None)
+
+
 @pytest.mark.parametrize("module, mode", [(train, []), (finetune, []), (finetune, ["--linear"])])
 def test_a_start_that_is_gone_is_not_missed(unbroken, tmp_path, capsys, module, mode):
     shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
@@ -2344,8 +2382,10 @@ def test_heads_and_pixels_of_a_file_arrive(unbroken, tmp_path, module):
     found = load(tmp_path / ("encoder.pt" if module is train else "best.pt"))
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     near(found.get("model", found)[name], start[name] * 0.5 / std)
-    if module is finetune:
-        assert load_vit(tmp_path / "best.pt").blocks[0].attn.num_heads == 2
+    checkpoint = "checkpoint.pt" if module is train else "best.pt"
+    assert load_vit(tmp_path / checkpoint).sizes["num_heads"] == 2
+    with pytest.raises(SystemExit, match="2"):  # the file's heads are not those of --model
+        call(train, *TRAIN, "--init", tmp_path / checkpoint, "--out", tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -133,6 +133,9 @@ def main(args: argparse.Namespace) -> None:
             run.save_checkpoint(saved, done)
         if stop:
             run.stop(done)
+    if args.num_heads:
+        run.print(f"note: encoder.pt can't tell its number of heads: give --num_heads "
+                  f"{args.num_heads} wherever it is used")
     run.print(f"done: {args.out} holds encoder.pt, checkpoint.pt, log.jsonl, curves.png and "
               "pictures")
 
@@ -176,7 +179,7 @@ def draw_masks(batch: int, generator: torch.Generator, args: argparse.Namespace,
 
 def open_images(args: argparse.Namespace, run: "Run"):
     """The images to train on, a source of `data.Samples`. ValueError if they are too few."""
-    run.check_folders(args.data)
+    run.check_out(*filter(None, [args.data]))
     built_in = args.num_images or 2400
     source = data.ImageFolder(args.data) if args.data else data.Shapes(built_in, args.img_size)
     if 0 < args.num_images < len(source):
@@ -385,10 +388,11 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     if cuda:
         name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        import resource  # Unix alone has it
-        name = f"{torch.get_num_threads()} CPU threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
+        name, peak = f"{torch.get_num_threads()} CPU threads", math.nan
+        with contextlib.suppress(ImportError):  # Windows has no resource
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
 
     # The teacher's MLP has a matrix product of this size: what the device can do at best
     tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]
@@ -656,14 +660,13 @@ class Run:
             raise ValueError(f"--batch_size {batch_size} is not divisible by {self.world_size} "
                              f"processes x --accum_steps {accum_steps}")
 
-    def check_folders(self, folder: str | None) -> None:
-        """Raise ValueError if --out lies inside `folder`: its pictures would join the images."""
-        if folder is None:
-            return
-        out, inside = os.path.realpath(self.args.out), os.path.realpath(folder)
-        if os.path.commonpath([out, inside]) == inside:
-            raise ValueError(f"--out {self.args.out} lies inside {folder}, so its pictures would "
-                             "be taken for images of the data: give --out another folder")
+    def check_out(self, *folders: str) -> None:
+        """Raise ValueError if --out lies inside a folder of images: its pictures would join them."""
+        out = os.path.realpath(self.args.out)
+        for folder in map(os.path.realpath, folders):
+            if os.path.commonpath([out, folder]) == folder:
+                raise ValueError(f"--out {self.args.out} lies inside {folder}, so its pictures "
+                                 "would be taken for images: give --out another folder")
 
     def join(self) -> None:
         """Meet the other processes: nccl carries CUDA tensors, gloo others, as the stop flag."""
@@ -685,11 +688,16 @@ class Run:
         self.join()
         self.settings = {name: value for name, value in vars(self.args).items()
                          if name not in MAY_CHANGE} | dict(images=images)
-        if self.args.init and os.path.exists(self.args.init):
-            with open(self.args.init, "rb") as file:
+        init = self.args.init
+        if init and os.path.exists(init):
+            if os.path.realpath(os.path.dirname(init)) == os.path.realpath(self.args.out):
+                fail(f"--init {init} lies in --out, where it may be overwritten: give another")
+            with open(init, "rb") as file:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
             self.settings["init"] = f"with weights {digest[:8]}"
         self.claim_out()
+        if not self.fresh and self.resumes != os.path.exists(self.checkpoint):
+            fail(f"another run has written {self.checkpoint} meanwhile: give the command again")
         step = self.load(saved) if self.resumes else 0
         seen = self.gather([(step, images)])
         if len(set(seen)) > 1:  # they would wait for one another for ever
@@ -743,7 +751,8 @@ class Run:
             if "init" not in now:  # that file is gone, and not needed
                 was.pop("init", None)
             if changed := [name for name in was | now if was.get(name) != now.get(name)]:
-                words = [f"--{name} {was.get(name)} (now {now.get(name)})" for name in changed]
+                words = [f"{'' if name == 'images' else '--'}{name} {was.get(name)} "
+                         f"(now {now.get(name)})" for name in changed]
                 fail(f"{self.checkpoint} was trained with {', '.join(words)}: give the same, or "
                      "another --out, or --fresh")
             for name, part in saved.items():
@@ -884,6 +893,8 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
             with contextlib.suppress(OSError):
                 os.remove(part)
+            if "DataLoader worker" in str(error):  # its signal came while the file was written
+                raise
             reason = error.__context__ or error
             fail(f"could not save {path} ({reason}); what was saved before is whole", code=1)
 
@@ -961,8 +972,10 @@ CURES = {
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Call main(args). Distributed processes then exit at once, because a usual exit may hang."""
     code = 1
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # for names that they can't encode
-        stream.reconfigure(errors="backslashreplace")
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # names that it can't encode
     try:
         main(args)
         code = 0
@@ -982,12 +995,12 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             traceback.print_exc()
         raise SystemExit(code) from None
     finally:
+        for worker in multiprocessing.active_children():  # they ignore the usual SIGTERM
+            worker.kill()
         # Distributed processes exit without destructors. DistributedDataParallel's holds Python's
         # lock while it waits for a gloo thread that may need that lock (torch 2.13), and it may
         # wait forever for a dead process.
         if dist.is_initialized():
-            for worker in multiprocessing.active_children():  # would live on for some seconds
-                worker.kill()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
