@@ -661,7 +661,7 @@ class Run:
                              f"processes x --accum_steps {accum_steps}")
 
     def check_out(self, *folders: str) -> None:
-        """Raise ValueError if --out lies inside a folder of images: its pictures would join them."""
+        """Raise ValueError if --out lies in a folder of images: its pictures would join them."""
         out = os.path.realpath(self.args.out)
         for folder in map(os.path.realpath, folders):
             if os.path.commonpath([out, folder]) == folder:
