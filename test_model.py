@@ -2282,7 +2282,7 @@ def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(
 
 def test_a_run_does_not_overwrite_its_start(finished, capsys):
     flags = ["--init", finished / "encoder.pt", "--out", finished, "--fresh"]
-    assert "lies in --out" in refused(capsys, train, *TRAIN, *flags)
+    assert "would be overwritten" in refused(capsys, train, *TRAIN, *flags)
     assert (finished / "checkpoint.pt").exists()
 
 

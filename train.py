@@ -690,8 +690,9 @@ class Run:
                          if name not in MAY_CHANGE} | dict(images=images)
         init = self.args.init
         if init and os.path.exists(init):
-            if os.path.realpath(os.path.dirname(init)) == os.path.realpath(self.args.out):
-                fail(f"--init {init} lies in --out, where it may be overwritten: give another")
+            written = [os.path.join(self.args.out, name) for name in ("encoder.pt", "best.pt")]
+            if os.path.realpath(init) in map(os.path.realpath, [*written, self.checkpoint]):
+                fail(f"--init {init} would be overwritten by this run: give another --out")
             with open(init, "rb") as file:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
             self.settings["init"] = f"with weights {digest[:8]}"
