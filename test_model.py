@@ -2448,7 +2448,7 @@ def test_classes_with_other_names_are_refused(tmp_path, capsys):
     call(finetune, *flags)
     for name in "train", "val":
         (folder / name / "cat").rename(folder / name / "eel")
-    assert "--images 6 images of 2 classes" in refused(capsys, finetune, *flags, "--epochs", 2)
+    assert "with images 6 images of 2 classes" in refused(capsys, finetune, *flags, "--epochs", 2)
     assert load(tmp_path / "out" / "best.pt")["classes"] == ["cat", "dog"]
 
 

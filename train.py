@@ -691,7 +691,8 @@ class Run:
         init = self.args.init
         if init and os.path.exists(init):
             written = [os.path.join(self.args.out, name) for name in ("encoder.pt", "best.pt")]
-            if os.path.realpath(init) in map(os.path.realpath, [*written, self.checkpoint]):
+            written = map(os.path.realpath, [*written, self.checkpoint])
+            if os.path.realpath(init) in written and not self.resumes:
                 fail(f"--init {init} would be overwritten by this run: give another --out")
             with open(init, "rb") as file:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
