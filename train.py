@@ -933,12 +933,13 @@ class Meter:
 
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
+        self.share = 1 / (run.world_size * run.args.accum_steps)  # of a step's images, in a part
         self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one of them is not finite, none is added."""
         row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()  # (names + 1,)
-        self.sums += torch.where(row.isfinite().all(), row, 0)
+        self.sums += self.share * torch.where(row.isfinite().all(), row, 0)
 
     def means(self) -> dict[str, float]:
         *sums, count = self.run.all_reduce_sum(self.sums).tolist()
