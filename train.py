@@ -998,8 +998,11 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             traceback.print_exc()
         raise SystemExit(code) from None
     finally:
-        for worker in multiprocessing.active_children():  # they ignore the usual SIGTERM
-            worker.kill()
+        if workers := multiprocessing.active_children():  # they ignore the usual SIGTERM
+            if hasattr(signal, "SIGCHLD"):  # torch's handler would report what is killed here
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in workers:
+                worker.kill()
         # Distributed processes exit without destructors. DistributedDataParallel's holds Python's
         # lock while it waits for a gloo thread that may need that lock (torch 2.13), and it may
         # wait forever for a dead process.
