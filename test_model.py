@@ -749,15 +749,14 @@ def test_feature_maps():
         encoder.feature_maps(images, (0,))
 
 
-@pytest.mark.parametrize("forward", [ViT.forward, lambda vit, x: vit.feature_maps(x, (1, 3))[0]])
-def test_exported_networks_take_any_batch(forward):
+def test_exported_networks_take_any_batch():
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.vit = small_model()[0].encoder.eval()
 
         def forward(self, images):
-            return forward(self.vit, images)
+            return self.vit(images), self.vit.feature_maps(images, (1, 3))[0]
 
     network, images = Network(), torch.rand(5, 3, 8, 12, dtype=torch.float64)
     batch = {"images": {0: torch.export.Dim("batch")}}
@@ -765,18 +764,15 @@ def test_exported_networks_take_any_batch(forward):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes are constants in a trace, as is meant here
         traced = torch.jit.trace(network, images[:2])
-    near(exported(images), network(images))
-    near(traced(images), network(images))
+    for copied in exported, traced:
+        near(copied(images), network(images))
 
 
 def test_models_can_be_built_on_the_meta_device():
-    model, images, mask = small_model()
     with torch.device("meta"):
-        empty = BootMAE(**SMALL, decoder_dim=20)
-    assert all(p.is_meta for p in empty.parameters())
-    empty = empty.to_empty(device="cpu").double()
-    empty.load_state_dict(model.state_dict())
-    assert_same(empty(images, mask), model(images, mask))
+        model = BootMAE(**SMALL)
+    assert all(x.is_meta for x in model.state_dict().values())
+    model.to_empty(device="cpu").load_state_dict(BootMAE(**SMALL).state_dict())
 
 
 def test_compiled_forward_and_gradients_are_the_same():
@@ -938,34 +934,28 @@ def test_loading_with_options_that_do_not_fit(files, name, options, words):
 
 
 def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
-    path, said = tmp_path / "x.pt", []
-    classifier = small_vit(num_classes=7)
-    torch.save(classifier.state_dict(), path)
-    images = torch.rand(2, 3, 32, 32)
+    path, said, images = tmp_path / "x.pt", [], torch.rand(2, 3, 32, 32)
+    torch.save((classifier := small_vit(num_classes=7)).state_dict(), path)
     assert torch.equal(load_vit(path)(images), classifier(images))              # the file's head
     assert load_vit(path, num_classes=5)(images).shape == (2, 5)                # a new one
     assert load_vit(path, num_classes=0)(images).shape == (2, 128)              # none
     larger = load_vit(path, img_size=48, drop_path=0.2, report=said.append)
-    assert larger.grid == (6, 6) and not larger.training
-    assert larger.blocks[3].drop_path == pytest.approx(0.2)
+    assert larger.blocks[3].drop_path == pytest.approx(0.2) and not larger.training
     assert "positions interpolated from 4 x 4 to 6 x 6" in said[0]
     assert torch.equal(larger.pos_embed, resize_positions(classifier.pos_embed, (4, 4), (6, 6)))
-    torch.save({"module": small_vit(in_chans=1, num_classes=3).state_dict()}, path)
-    assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 3)
+    torch.save({"module": small_vit(in_chans=1).state_dict()}, path)
+    assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 128)
 
 
 def test_number_of_heads_is_that_of_the_sizes_or_the_callers(tmp_path):
     path, images, said = tmp_path / "x.pt", torch.rand(2, 3, 32, 32), []
-    model = shaken(small_vit(num_heads=8))
-    torch.save(model.state_dict(), path)
-    assert not torch.allclose(load_vit(path)(images), model(images), atol=1e-3)
-    assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), model(images))
-    assert "; 8 heads" in said[0]
-    model = small_vit(depth=3)  # in none of SIZES
+    model = shaken(small_vit(num_heads=8, depth=3))  # a depth that is in none of SIZES
     torch.save(model.state_dict(), path)
     with pytest.raises(ValueError, match="3 blocks of width 128.*give --num_heads"):
         load_vit(path)
-    assert torch.equal(load_vit(path, num_heads=4)(images), model(images))
+    assert not torch.allclose(load_vit(path, num_heads=4)(images), model(images), atol=1e-3)
+    assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), model(images))
+    assert "; 8 heads" in said[0]
 
 
 def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
@@ -1006,7 +996,6 @@ def test_grids_that_are_not_square(tmp_path):
 
 def test_safetensors_need_their_package(files, tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    shutil.copy(files[0] / "encoder.pt", path)
     reader = SimpleNamespace(load_file=lambda path: files[1]["encoder"])
     monkeypatch.setitem(sys.modules, "safetensors.torch", reader)
     assert_same(load_vit(path).state_dict(), files[1]["encoder"])
@@ -1022,14 +1011,15 @@ GRIDS = [(14, 14), (3, 5), (7, 20), (1, 9), (2, 2)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_masks_have_exact_counts(grid):
+def test_masks_have_exact_counts_and_the_weights_of_the_definition(grid):
     n = grid[0] * grid[1]
-    for seed in range(5):
+    for seed, count in itertools.product(range(5), {0, 1, n // 2, round(0.75 * n), n - 1, n}):
         generator = torch.Generator().manual_seed(seed)
-        for count in {0, 1, n // 2, round(0.75 * n), n - 1, n}:
-            for mask in random_mask(8, n, count, generator), block_mask(8, grid, count, generator):
-                assert mask.dtype == torch.bool and mask.shape == (8, n)
-                assert (mask.sum(dim=1) == count).all()
+        for mask in random_mask(8, n, count, generator), block_mask(8, grid, count, generator):
+            assert mask.dtype == torch.bool and mask.shape == (8, n)
+            assert (mask.sum(dim=1) == count).all()
+    expected = [naive_weight(row, *grid) for row in random_mask(4, n, n // 2).int().tolist()]
+    near(loss_weight(torch.tensor(expected) > 0, grid), torch.tensor(expected))
 
 
 def naive_blocks(rows, columns, count, uniform):
@@ -1067,14 +1057,6 @@ def test_masks_follow_the_generator_and_reach_every_patch(kind, patches):
     assert len(a.unique(dim=0)) == 200
     frequency = a.float().mean(dim=0)
     assert frequency.min() > 0.4 and frequency.max() < 0.98
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_loss_weight(grid):
-    n = grid[0] * grid[1]
-    mask = random_mask(4, n, n // 2 + 1, torch.Generator().manual_seed(0))
-    expected = [naive_weight(row, *grid) for row in mask.int().tolist()]
-    near(loss_weight(mask, grid), torch.tensor(expected))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1135,28 +1117,17 @@ def test_a_folder_with_loops_odd_bytes_and_a_long_path(tmp_path):
     assert len(ForkingPickler.dumps(folder)) < 2 * len(long)  # other paths take no more for it
 
 
-def test_a_subset_has_the_images_and_labels_of_its_numbers():
-    shapes = data.Shapes(6, 16)
-    subset = data.Subset(shapes, [4, 0])
-    assert len(subset) == 2 and subset.labels.tolist() == [4, 0]
-    assert subset.classes == shapes.classes and subset.name(0) == shapes.name(4)
-    assert subset.open(0) == shapes.open(4)
-
-
 def test_shapes_are_of_many_classes_in_turn_and_all_differ():
+    """Their outlines tell the class, and their colours do not."""
     shapes, later = data.Shapes(480, 16), data.Shapes(5, 16, start=7)
-    images = [np.array(shapes.open(i)) for i in range(480)]
-    assert images[0].shape == (16, 16, 3) and len(set(map(bytes, images))) == 480
+    images, labels = np.stack([shapes.open(i) for i in range(480)]), shapes.labels
+    assert images.shape == (480, 16, 16, 3) and len(set(map(bytes, images))) == 480
     assert len(data.SHAPES) >= 10
-    assert set(np.bincount(shapes.labels)) == {480 // len(data.SHAPES)}
-    assert later.labels.tolist() == shapes.labels[7:12].tolist()
+    assert labels.tolist() == [i % len(data.SHAPES) for i in range(480)]
+    assert later.labels.tolist() == labels[7:12].tolist()
     assert all(np.array_equal(later.open(i), images[7 + i]) for i in range(5))
 
-
-def test_outlines_tell_the_class_of_a_shape_and_colours_do_not():
-    shapes, classes = data.Shapes(480, 16), range(len(data.SHAPES))
-    images, labels = np.stack([shapes.open(i) for i in range(480)]), shapes.labels
-    light = images.mean(axis=3)
+    light, classes = images.mean(axis=3), range(len(data.SHAPES))
     means = np.stack([light[:360][labels[:360] == c].mean(axis=0) for c in classes])
     distances = ((light[360:, None] - means) ** 2).sum(axis=(2, 3))
     assert (distances.argmin(axis=1) == labels[360:]).mean() > 0.5
@@ -1355,23 +1326,10 @@ def test_large_jpegs_are_decoded_small(tmp_path, box, shrink):
     assert error.mean() < 2 if shrink > 1 else not error.any()
 
 
-def test_center_crop():
-    pixels = np.random.default_rng(0).integers(0, 256, (300, 256, 3), dtype=np.uint8)
-    photo = Image.fromarray(pixels)  # its short side is 256 already
-    assert np.array_equal(data.center_crop(photo, 224), pixels[38:262, 16:240])
-    by_hand = photo.crop((0, 6, 256, 294)).resize((64, 72), BICUBIC).crop((8, 12, 56, 60))
-    error = np.subtract(by_hand, data.center_crop(photo, 48, 0.75), dtype=int)
-    assert np.abs(error[2:-2, 2:-2]).max() <= 1
-
-
 def test_flip_mirrors_half_of_the_images():
     rng, mirrored = random.Random(0), RGB.transpose(T.FLIP_LEFT_RIGHT)
     flips = [data.flip(RGB, rng) for _ in range(100)]
     assert 30 < flips.count(mirrored) < 70 and flips.count(RGB) + flips.count(mirrored) == 100
-
-
-def test_pixels_are_scaled_to_minus_1_to_1():
-    near(data.scale_pixels(torch.arange(256).byte()), torch.arange(256) / 127.5 - 1)
 
 
 @pytest.mark.parametrize("scale", [(), (0.08, 1), (0.2, 0.4)], ids=str)
@@ -1392,12 +1350,11 @@ def test_random_crops_match_the_definition(scale):
         crop.assert_called_once_with(image, box, 32)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 1), (1200, 3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (1200, 3)], ids=str)
 def test_crops_of_very_long_images_show_the_middle(size):
     levels = np.linspace(0, 200, size[0] * size[1]).reshape(size)  # rise along the image
     image, rng = Image.fromarray(levels.T.astype(np.uint8)), random.Random(0)
-    views = [data.random_resized_crop(image, 32, rng, (0.08, 1)) for _ in range(9)]
-    for out in [data.center_crop(image, 32), *views]:
+    for out in data.center_crop(image, 32), data.random_resized_crop(image, 32, rng, (0.08, 1)):
         assert out.size == (32, 32)
         assert np.abs(np.asarray(out) - (0.0 if size == (1, 1) else 100.0)).max() < 3
 
@@ -1522,20 +1479,6 @@ def view_and_draw(image, rng):
     return data.to_tensor(view), rng.random()
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone():
-    samples = data.Samples(data.Shapes(6, 16), view_and_draw)
-    other = data.Samples(data.Shapes(6, 16), view_and_draw, seed=1)
-    first = [samples[key] for key in range(24)]  # four epochs
-    assert [label for _, _, label in first] == [0, 1, 2, 3, 4, 5] * 4
-    draws = [draw for _, draw, _ in first] + [other[key][1] for key in range(6)]
-    assert len(set(draws)) == 30
-    keys = [20, 3, 3, 11]
-    loader = torch.utils.data.DataLoader(samples, batch_size=None, sampler=keys, num_workers=2)
-    assert_same(list(loader), [first[key] for key in keys])
-    again = ForkingPickler.loads(ForkingPickler.dumps(samples))  # as a start by spawn does
-    assert_same(again[20], first[20])
-
-
 @pytest.fixture
 def half_broken(tmp_path, monkeypatch):
     """Images 0 to 9, of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
@@ -1573,12 +1516,6 @@ def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(hal
     assert Image.MAX_IMAGE_PIXELS == 5000 and not capsys.readouterr().err
 
 
-def test_without_replacement_a_broken_image_is_gray_and_has_no_label(half_broken):
-    samples = data.Samples(half_broken, view_and_draw, replace=False)
-    assert [samples[i][2] for i in range(10)] == [-1, -1, 0, 0, 0, -1, -1, 1, 1, 1]
-    assert samples[0][0].unique().tolist() == [128]
-
-
 def test_errors_that_are_not_of_a_file_are_raised(monkeypatch, capsys):
     broken = PermissionError(errno.EACCES, "no")
     for error in MemoryError(), OSError(errno.EMFILE, "no"), OSError(errno.EIO, "no"), broken:
@@ -1590,23 +1527,6 @@ def test_errors_that_are_not_of_a_file_are_raised(monkeypatch, capsys):
     monkeypatch.undo()
     with pytest.raises(data.UnreadableImages, match="TypeError"):  # of the transform
         data.Samples(data.Shapes(3, 8), lambda image, rng: image + 1)[0]
-
-
-@pytest.mark.parametrize("length, batch_size, accum_steps, world_size", [
-    (53, 12, 1, 1), (53, 12, 3, 2), (24, 8, 2, 4)])
-def test_processes_and_parts_share_each_batch(length, batch_size, accum_steps, world_size):
-    whole, per_epoch = list(data.Batches(length, batch_size, 3, 1)), length // batch_size
-    for start in 0, 1, per_epoch, 2 * per_epoch + 1, 3 * per_epoch:
-        streams = []
-        for rank in range(world_size):
-            batches = data.Batches(length, batch_size, 3, 1, start, accum_steps, rank, world_size)
-            streams.append(list(batches))
-            assert len(batches) == len(streams[-1]) == (3 * per_epoch - start) * accum_steps
-        for number, batch in enumerate(whole[start:]):
-            parts = slice(number * accum_steps, (number + 1) * accum_steps)
-            pieces = [piece for stream in streams for piece in stream[parts]]
-            assert sorted(sum(pieces, [])) == sorted(batch)
-            assert {len(piece) for piece in pieces} == {len(batch) // len(pieces)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1677,7 +1597,7 @@ def result(out):
     assert len(log) == len(checkpoint["log"])
     for line in log:
         assert line.pop("images_per_s") > 0
-    state = {key: checkpoint[key] for key in ("model", "optimizer", "step")}
+    state = {key: checkpoint[key] for key in ("model", "optimizer", "scaler", "step")}
     for name in "encoder.pt", "best.pt":
         if (out / name).exists():
             weights = load(out / name)
@@ -1729,16 +1649,9 @@ def shapes_folder(path, count):
 # train.py
 
 
-def test_warmup_keeps_its_share_of_the_run():
-    args = train.parse_args(["--recipe", "cifar10", "--epochs", "2"])
-    assert args.model == "small" and args.warmup_epochs == pytest.approx(2 * 10 / 300)
-    args = train.parse_args(["--recipe", "cifar10", "--epochs", "2", "--warmup_epochs", "1.5"])
-    assert (args.epochs, args.warmup_epochs) == (2, 1.5)
-
-
 def test_schedules():
     args = train.parse_args(["--recipe", "imagenet"])
-    for epoch in (0, 1, 20, 39, 40, 77, 100, 199, 200, 399, 400, 799):
+    for epoch in (0, 20, 40, 77, 100, 199, 200, 399, 400, 799):
         # 1,281,167 images in batches of 4096: 312 steps an epoch
         lr, feature_weight, momentum = train.schedules(312 * epoch, 312 * 800, args)
         fall = (1 + math.cos(math.pi * (epoch - 40) / 760)) / 2
@@ -1747,19 +1660,14 @@ def test_schedules():
         assert feature_weight == pytest.approx(min(1, 4 * (epoch + 1) / 800))
         early, late = min(1, epoch / 100), min(1, max(0, epoch - 100) / 300)
         assert 1 - momentum == pytest.approx(1e-3 - 9e-4 * early - 9e-5 * late)
-    assert train.parse_args(["--recipe", "imagenet_large"]).momentum[2] == 0.9999
+    # A run of 1/100 of the steps has averages over 1/100 of theirs.
+    momenta = [train.schedules(step, 2496, args)[2] for step in (0, 156, 312, 780, 1248, 2495)]
+    assert momenta == pytest.approx([0.9, 0.945, 0.99, 0.9945, 0.999, 0.999])
     args = train.parse_args(["--recipe", "imagenet", "--batch_size", "64"])
     rates = [train.schedules(step, 100, args)[0] for step in (5, 50, 100)]
     assert rates == [1.5e-4 / 4] * 3  # a peak below --min_lr stays
-
-
-def test_a_short_run_has_a_faster_teacher():
-    """It averages over the published shares of the steps. Values that are given stay."""
-    args, steps = train.parse_args(["--recipe", "imagenet"]), (0, 156, 312, 780, 1248, 2495)
-    momenta = [train.schedules(step, 2496, args)[2] for step in steps]
-    assert momenta == pytest.approx([0.9, 0.945, 0.99, 0.9945, 0.999, 0.999])
-    args = train.parse_args(["--recipe", "photos", "--momentum", "1", "1", "1"])
-    assert [train.schedules(step, 2496, args)[2] for step in steps] == [1] * 6
+    args = train.parse_args(["--recipe", "cifar10", "--epochs", "2"])
+    assert args.warmup_epochs == pytest.approx(2 * 10 / 300)  # keeps its share of the run
 
 
 def test_runs_write_what_they_promise(unbroken, tuned):
@@ -1790,12 +1698,6 @@ def test_images_per_s_counts_training_alone(tmp_path, capsys, monkeypatch):
     refused(capsys, train, *flags, code=128 + signal.SIGTERM)
     call(train, *flags)
     assert [line["images_per_s"] for line in read_log(tmp_path)] == [8, 8, 8]
-
-
-def test_curves_leave_out_what_is_missing_or_not_finite():
-    log = [dict(epoch=1, loss=1.0, top1=10.0), dict(epoch=2, loss=math.nan, top1=20.0),
-           dict(epoch=3, loss=0.5)]
-    assert train.draw_curves(log).size == (2 * 440, 300)
 
 
 def test_a_collapse_of_the_teacher_is_seen(tmp_path, capsys, monkeypatch):
@@ -1902,13 +1804,10 @@ def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_proces
     assert not set(zero["tune"]["seeds"]) & set(one["tune"]["seeds"])
 
 
-def test_two_processes_share_the_statistics_of_the_probe(two_processes):
+def test_two_processes_share_the_probes_statistics_and_one_writes(two_processes):
     zero, one = (rank["linear"]["statistics"] for rank in two_processes.seen)
     assert len(zero) == 6 and zero[5] != zero[0]
     near(torch.tensor(zero), torch.tensor(one))
-
-
-def test_the_first_of_two_processes_writes_alone(two_processes):
     zero, one = ([rank[name]["written"] for name in rank] for rank in two_processes.seen)
     assert sum(zero) > 20 and sum(one) == 0
 
@@ -1921,25 +1820,22 @@ def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode
     assert json.loads(line)["images"] == 1003 and line in two_processes.said.splitlines()
 
 
-def test_two_processes_predict_every_image_and_name_what_they_cannot_read(two_processes):
+def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_processes):
+    """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
     with open(two_processes.out / "predict" / "predictions.csv", newline="") as file:
         _, *rows = csv.reader(file)
     assert [row[0] for row in rows] == [f"{n:03}.png" for n in (0, 1, 2, 4, 5)]
     assert two_processes.err.count("003.png") == 1
-
-
-def test_processes_must_share_the_output_folder(two_processes):
-    """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
     assert re.search(r"disagree on steps done and images: \[\(0, .*\(18", two_processes.err)
 
 
 def test_a_finished_run_stays_finished(finished, monkeypatch, capsys):
     """Also where torchrun restarts it: --fresh was for its first start."""
     before = (finished / "checkpoint.pt").read_bytes()
-    call(train, *TRAIN, "--out", finished)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    call(train, *TRAIN, "--out", finished, "--fresh")
-    assert capsys.readouterr().out.count("this run is finished") == 2
+    for fresh in [], ["--fresh"]:
+        call(train, *TRAIN, "--out", finished, *fresh)
+        assert "this run is finished" in capsys.readouterr().out
     assert (finished / "checkpoint.pt").read_bytes() == before
 
 
@@ -1953,16 +1849,6 @@ def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
     left = "notes.txt .lock config.json encoder.pt log.jsonl".split()
     assert "without --fresh" in said and sorted(os.listdir(finished)) == sorted(left)
     assert not read_log(finished)
-
-
-def test_settings_that_may_change_are_those_of_the_new_call(finished):
-    changed = ["--epochs", 4, "--amp", "fp16", "--weight_decay", 0.5, "--betas", 0.5, 0.6]
-    call(train, *TRAIN, "--out", finished, *changed)
-    checkpoint = load(finished / "checkpoint.pt")
-    groups = checkpoint["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    assert tuple(groups[0]["betas"]) == (0.5, 0.6)
-    assert checkpoint["step"] == 24 and checkpoint["scaler"]["scale"] > 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "code", "tensors", "settings", "step"])
@@ -1999,13 +1885,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys):
     assert not list(finished.glob("*.tmp"))
 
 
-def test_weights_that_are_not_finite_are_never_saved(finished, capsys):
-    before = (finished / "checkpoint.pt").read_bytes()
-    # Losses are not looked at, so that it is the end of the epoch that finds them.
-    flags = [*TRAIN, "--out", finished, "--epochs", 6, "--base_lr", 1e29, "--log_every", 1000]
-    line = refused(capsys, train, *flags, code=1)
-    assert "finite" in line and "learning rate" in line
-    assert (finished / "checkpoint.pt").read_bytes() == before
+@pytest.mark.parametrize("module", [train, finetune])
+def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path, capsys, module):
+    """Losses are not looked at, so that it is the end of the epoch that finds them."""
+    weights = load(unbroken / "encoder.pt")
+    weights["cls_token"].fill_(1e38)  # loads, but the first norm overflows
+    torch.save(weights, tmp_path / "nan.pt")
+    flags = [*(TRAIN if module is train else TUNE), "--init", tmp_path / "nan.pt"]
+    flags += ["--log_every", 1000, "--out", tmp_path / "out"]
+    line = refused(capsys, module, *flags, code=1)
+    assert "weights are no longer finite" in line and "learning rate" in line
+    assert not {"checkpoint.pt", "encoder.pt", "best.pt"} & set(os.listdir(tmp_path / "out"))
 
 
 def test_losses_that_are_never_finite_end_the_run():
@@ -2034,9 +1924,9 @@ def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
     assert re.fullmatch(words, line)
 
 
-@pytest.mark.parametrize("flags, words", [
+@pytest.mark.parametrize("module, flags, words", [(train, *call) for call in [
     ("--recipe nothing", "--recipe"), (f"--seed {2**63}", "--seed:"), ("--num 48", "--num"),
-    ("--data no/such/folder", "no/such/folder"), ("--data .ci", "no images found"),
+    ("--data no/such/folder", "no/such/folder"), ("--data .", "no images found"),
     ("--img_size 30", "divisible by patch_size 8"), ("--decoder_dim 30", "30 is not divisible"),
     ("--init none.pt", "can't read"), ("--mask_ratio nan", "--mask_ratio: nan must"),
     ("--mask_ratio 0", "--mask_ratio 0"), ("--momentum 0.9 0.99 2", "--momentum: 2 must be"),
@@ -2045,9 +1935,21 @@ def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
     ("--batch_size 64", "--batch_size 64"), ("--recipe imagenet", "--recipe photos, which suits"),
     ("--device cuda", "--device cuda"), ("--out /proc/nothing", "--out /proc/nothing"),
     ("--data=", "--data: is empty"), ("--base_lr inf", "--base_lr: inf must be"),
-])
-def test_bad_calls(tmp_path, capsys, flags, words):
-    assert words in refused(capsys, train, *TRAIN, "--out", tmp_path / "out", *flags.split())
+]] + [(finetune, *call) for call in [
+    ("--init text.pt", "fits no ViT"), ("--init empty.pt", "fits no ViT"),
+    ("--init numbers.pt", "holds no state_dict"), ("--init odd.pt", "3 blocks of width 24"),
+    ("--init none.pt", "there is no"), ("--init encoder.pt --teacher", "holds no teacher"),
+    ("", "output/shapes/encoder.pt"), ("--init theirs_alone.pth --teacher", "no model_ema"),
+    ("--init encoder.pt --eval", "is no classifier"), ("--scratch --init x", "--init: not allowed"),
+    ("--scratch --predict=", "--predict: is empty"), ("--scratch --batch_size 64", "--batch_size"),
+    ("--scratch --knn --depth 9", "--depth 9"), ("--scratch --linear --accum_steps 8", "needs two"),
+    ("--scratch --knn --linear", "--linear: not allowed"),
+    ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
+]])
+def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
+    monkeypatch.chdir(files[0])
+    flags = [*(TRAIN if module is train else TUNE), "--out", tmp_path / "out", *flags.split()]
+    assert words in refused(capsys, module, *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -2193,25 +2095,6 @@ def test_weights_heads_and_pixels_of_a_file_arrive(unbroken, tmp_path, capsys, m
 # finetune.py
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--init text.pt", "fits no ViT"), ("--init empty.pt", "fits no ViT"),
-    ("--init numbers.pt", "holds no state_dict"), ("--init odd.pt", "3 blocks of width 24"),
-    ("--init none.pt", "there is no"),
-    ("--init encoder.pt --teacher", "holds no teacher"), ("", "output/shapes/encoder.pt"),
-    ("--init theirs_alone.pth --teacher", "no model_ema"),
-    ("--init encoder.pt --eval", "is no classifier"),
-    ("--scratch --predict=", "--predict: is empty"), ("--scratch --init x", "--init: not allowed"),
-    ("--scratch --batch_size 64", "--batch_size"), ("--scratch --knn --depth 9", "--depth 9"),
-    ("--scratch --knn --linear", "--linear: not allowed"),
-    ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
-    ("--scratch --linear --accum_steps 8", "needs two"),
-])
-def test_bad_calls_of_finetune(files, tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.chdir(files[0])
-    assert words in refused(capsys, finetune, *TUNE, "--out", tmp_path / "out", *flags.split())
-    assert not (tmp_path / "out").exists()
-
-
 def class_folders(root, **sets):
     """Three images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
     for name, labels in sets.items():
@@ -2275,38 +2158,34 @@ def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mod
 
 def test_labels_per_class_is_a_fixed_subset():
     args = finetune.parse_args(["--scratch", *map(str, TUNE)])
-    run = train.Run(args)
-    train_set, val_set = finetune.open_images(args, run)
-    assert sorted(train_set.labels) == sorted(list(range(12)) * 4)
-    names = {train_set.name(i) for i in range(48)}
-    assert not names & {val_set.name(i) for i in range(60)}
-    assert np.array_equal(train_set.indices, finetune.open_images(args, run)[0].indices)
+    known, val = finetune.open_images(args, run := train.Run(args))
+    assert known.labels.tolist() == [n % 12 for n in known.indices]
+    assert sorted(known.labels) == sorted(list(range(12)) * 4)
+    assert not {known.name(i) for i in range(48)} & {val.name(i) for i in range(60)}
+    number = known.indices[7]
+    assert known.open(7) == data.Shapes(number + 1, 32).open(number)
+    assert known.name(7) == f"shape {number}"
+    assert np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
     args.seed = 1
-    assert not np.array_equal(train_set.indices, finetune.open_images(args, run)[0].indices)
+    assert not np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
 
 
-def test_weight_decay_and_average_may_change_from_call_to_call(unbroken, tmp_path):
+def test_settings_that_may_change_are_those_of_the_new_call(unbroken, tmp_path):
     """No decay and some make the same groups of parameters, so an optimizer's state fits."""
     checkpoints = []
-    for epochs, decay, momentum in (1, 0.05, 0), (2, 0, 0.9999999):
+    for changed in ("--epochs 1 --model_ema 0 --betas 0.8 0.9 --weight_decay 0.05",
+                    "--epochs 2 --model_ema 0.9999999 --betas 0.5 0.6 --weight_decay 0 --amp fp16"):
         call(finetune, "--init", unbroken / "encoder.pt", "--out", tmp_path, *TUNE,
-             "--epochs", epochs, "--weight_decay", decay, "--model_ema", momentum)
+             *changed.split())
         checkpoints.append(load(tmp_path / "checkpoint.pt"))
-        groups = checkpoints[-1]["optimizer"]["param_groups"]
-        assert {group["weight_decay"] for group in groups} == {0.0, decay}
+    groups = [checkpoint["optimizer"]["param_groups"] for checkpoint in checkpoints]
+    assert {group["weight_decay"] for group in groups[0]} == {0.0, 0.05}
+    assert {group["weight_decay"] for group in groups[1]} == {0.0}
+    assert [tuple(group[0]["betas"]) for group in groups] == [(0.8, 0.9), (0.5, 0.6)]
+    assert checkpoints[1]["step"] == 12 and checkpoints[1]["scaler"]["scale"] > 0
     # The average is new, and so slow that it is the model it began as.
     torch.testing.assert_close(checkpoints[1]["average"], checkpoints[0]["model"])
     assert ["top1_ema" in line for line in read_log(tmp_path)] == [False, True]
-
-
-def test_weights_that_are_not_finite_never_become_the_best(unbroken, tmp_path, capsys):
-    weights = load(unbroken / "encoder.pt")
-    weights["cls_token"].fill_(1e38)  # loads, but the first norm overflows
-    torch.save(weights, tmp_path / "nan.pt")
-    # Losses are not looked at, so that it is the end of the epoch that finds them.
-    flags = ["--init", tmp_path / "nan.pt", "--out", tmp_path / "out", "--log_every", 1000]
-    assert "finite" in refused(capsys, finetune, *TUNE, *flags, code=1)
-    assert not (tmp_path / "out" / "best.pt").exists()
 
 
 def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
@@ -2328,17 +2207,6 @@ def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
             shaken(average)
 
 
-def test_model_and_average_are_each_evaluated(tuned, tmp_path, capsys):
-    checkpoint = load(tuned / "checkpoint.pt")
-    last = checkpoint["log"][-1]
-    assert (last["top1"], last["top5"]) != (last["top1_ema"], last["top5_ema"])
-    for name, suffix in ("model", ""), ("average", "_ema"):
-        torch.save(checkpoint[name], tmp_path / f"{name}.pt")
-        call(finetune, "--init", tmp_path / f"{name}.pt", *TUNE, "--eval")
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert found["top1"] == last["top1" + suffix] and found["top5"] == last["top5" + suffix]
-
-
 def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     names = "a b", "a\n b", "W" * 30
@@ -2347,23 +2215,18 @@ def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_features_of_a_folder(unbroken, tmp_path, capsys, depth):
-    folder = class_folders(tmp_path / "a", x="cat dog")
-    (folder / "x" / "cat" / "1.png").write_text("no image")
-    flags = ["--init", unbroken / "encoder.pt", "--features", folder, "--depth", depth]
-    call(finetune, *flags, "--workers", 0, "--amp", "off", "--out", tmp_path / "out")
+def test_features_of_a_folder(unbroken, photos, tmp_path, capsys, depth):
+    flags = ["--init", unbroken / "encoder.pt", "--features", photos / "val", "--depth", depth]
+    flags += ["--crop_ratio", 0.5, "--workers", 0, "--amp", "off", "--out", tmp_path]
+    call(finetune, *flags)
     said = capsys.readouterr()
-    assert "5 of 6 images" in said.out and said.err.count("cat/1.png") == 1
-    with np.load(tmp_path / "out" / "features.npz") as table:
-        files, features = table["files"], table["features"]
-    assert features.dtype == np.float32 and list(files) == [
-        f"x/{name}.png" for name in ("cat/0", "cat/2", "dog/0", "dog/1", "dog/2")]
-    encoder = load_vit(unbroken / "encoder.pt")
-    for file, row in zip(files, features):
-        image = data.to_tensor(data.center_crop(Image.open(folder / file), 32, 1))
-        patches = patchify(data.scale_pixels(image[None]), 8)
-        tokens = encoder.encode(patches, taps=(depth or 4,))[1][depth or 4][0, 1:]
-        near(torch.tensor(row), layer_norm(sum(tokens) / 16).detach(), atol=1e-5)
+    assert "48 of 49 images" in said.out and said.err.count("broken.png") == 1
+    with np.load(tmp_path / "features.npz") as table:
+        files, features = table["files"].tolist(), table["features"]
+    assert files == sorted(f"{n % 12:02}/{n:02}.png" for n in range(48))
+    images, _ = plain_middles(photos / "val", 32, 0.5)
+    expected = plain_features(load_vit(unbroken / "encoder.pt"), images, depth or 4)
+    near(torch.tensor(features), expected, atol=1e-4)
 
 
 def test_predictions(tmp_path, capsys):
@@ -2695,24 +2558,6 @@ def test_attention_in_bf16_is_nearly_that_in_float32():
     assert error.std() < 0.02 * expected.std()
 
 
-@pytest.mark.parametrize("module", [train, finetune])
-def test_a_stop_in_fp16_keeps_the_scale_of_the_loss(tmp_path, capsys, monkeypatch, module):
-    """It begins so high that gradients overflow, and is halved with each step that is skipped."""
-    init, scale = torch.amp.GradScaler.__init__, 2.0**24
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
-        lambda scaler, *args, **options: init(scaler, *args, init_scale=scale, **options)))
-    flags = TRAIN if module is train else ["--scratch", *TUNE]
-    flags = [*flags, "--amp", "fp16", "--epochs", 2, "--out"]
-    call(module, *flags, tmp_path / "unbroken")
-    stop_at(monkeypatch, 2)
-    refused(capsys, module, *flags, tmp_path / "stopped", code=128 + signal.SIGTERM)
-    call(module, *flags, tmp_path / "stopped")
-    assert_same(result(tmp_path / "stopped"), result(tmp_path / "unbroken"))
-    ends = [load(tmp_path / name / "checkpoint.pt") for name in ("stopped", "unbroken")]
-    assert_same(ends[0]["scaler"], ends[1]["scaler"])
-    assert 2 < ends[0]["scaler"]["scale"] < scale
-
-
 def test_psnr_and_picture_of_known_predictions(tmp_path, monkeypatch):
     """Half of the target: a patch's true mean and half of the way to its true pixels."""
     forward, shown = BootMAE.forward, []
@@ -2754,26 +2599,38 @@ def test_curves_follow_the_log(unbroken):
         heights = [np.flatnonzero(blue[:, panel * 440 + x]).mean() for x in (64, 240, 416)]
         values = [line[name] for line in log]
         assert np.corrcoef(values, heights)[0, 1] < -0.999  # the origin of a picture is its top
+    lines = [dict(epoch=1, loss=1.0, top1=10.0), dict(epoch=2, loss=math.nan), dict(epoch=3)]
+    assert train.draw_curves(lines).size == (2 * 440, 300)  # what is missing is left out
 
 
-def test_tiles_are_green_where_the_best_model_is_right(tuned):
+def test_accuracies_and_tiles_are_those_of_a_plain_computation(tuned):
+    """Of the last model and of its average. Tiles are green where the best model is right."""
     model, shapes = small_vit(num_classes=12).eval(), data.Shapes(60, 32, start=999_996)
+    images = torch.stack([data.to_tensor(shapes.open(index)) for index in range(60)])
+    images, checkpoint = data.scale_pixels(images), load(tuned / "checkpoint.pt")
+    found = []
+    for name in "model", "average":
+        model.load_state_dict(checkpoint[name])
+        found += plain_accuracy(model(images), shapes.labels)
+    last = checkpoint["log"][-1]
+    assert found == pytest.approx([last[n] for n in ("top1", "top5", "top1_ema", "top5_ema")])
+    assert found[:2] != found[2:]
     model.load_state_dict(load_model_state(tuned / "best.pt"))
-    order = random.Random(0).sample(range(60), 60)[:32]
-    images = torch.stack([data.to_tensor(shapes.open(index)) for index in order])
-    answers = model(data.scale_pixels(images)).argmax(dim=1)
-    picture, colours = Image.open(tuned / "predictions.png"), []
-    for place, index in enumerate(order):
+    right = (model(images).argmax(dim=1).numpy() == shapes.labels).tolist()
+    picture, order = Image.open(tuned / "predictions.png"), random.Random(0).sample(range(60), 60)
+    for place, index in enumerate(order[:32]):
         x, y = place % 8 * 152 + 8, place // 8 * 188 + 8
-        colours.append(picture.getpixel((x - 2, y - 2)))
+        colour = (0, 128, 0) if right[index] else (255, 0, 0)
+        assert picture.getpixel((x - 2, y - 2)) == colour
         tile = picture.crop((x, y, x + 136, y + 136))
         assert tile == shapes.open(index).resize((136, 136), BICUBIC)
-    right = (answers.numpy() == shapes.labels[order]).tolist()
-    assert colours == [(0, 128, 0) if good else (255, 0, 0) for good in right]
     assert any(right) and not all(right)
 
 
-def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, files", [
+    (train, {"encoder.pt", "epoch_0003.png"}), (finetune, {"best.pt", "predictions.png"})])
+def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatch, module, files):
+    """checkpoint.pt is the last: a run that goes on from it has all the others."""
     fsync, replace, synced, names = os.fsync, os.replace, {}, []
 
     def watch_fsync(number):
@@ -2787,9 +2644,10 @@ def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", watch_fsync)
     monkeypatch.setattr(os, "replace", watch_replace)
-    call(train, *TRAIN, "--num_images", 8, "--epochs", 1, "--out", tmp_path)
-    assert {"encoder.pt", "epoch_0001.png", "log.jsonl", "curves.png"} < set(names)
-    assert names[-1] == "checkpoint.pt"  # a run that goes on from it has all the others
+    flags = [*TRAIN, "--num_images", 8] if module is train else ["--scratch", *TUNE]
+    call(module, *flags, "--save_every", 2, "--out", tmp_path)
+    assert files | {"log.jsonl", "curves.png"} < set(names) and names[-1] == "checkpoint.pt"
+    assert names.count("checkpoint.pt") == 2  # after epochs 2 and 3
 
 
 def test_each_setting_that_must_match_is_refused(unbroken, tuned, tmp_path, capsys):
@@ -2905,17 +2763,14 @@ def test_two_processes_save_at_a_signal_and_start_again_after_a_death(unbroken, 
 
 def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
     """torchrun ends all when one ends, with signals of its own, and rank 0 may still be saving."""
-    run = train.Run(train.parse_args([]))
-    old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run, numbers = train.Run(train.parse_args([])), (signal.SIGTERM, signal.SIGINT)
+    old = [signal.signal(number, run._on_signal) for number in numbers]
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, run._on_signal)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert run.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == run._on_signal
-        os.kill(os.getpid(), signal.SIGINT)
-        assert run.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        for number, handler in zip(numbers, (run._on_signal, signal.SIG_DFL)):
+            os.kill(os.getpid(), number)
+            assert run.signal == number and signal.getsignal(number) == handler
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
+        for number, handler in zip(numbers, old):
             signal.signal(number, handler)
     run.world_size = 2
     monkeypatch.setattr(train.dist, "all_reduce", MagicMock(side_effect=InterruptedError("waits")))
@@ -2934,12 +2789,19 @@ def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
 
 
 @pytest.mark.parametrize("module, flags, steps", [
-    (train, [*TRAIN, "--num_images", 8], [0, 1, 2]),
     (train, [*TRAIN, "--num_images", 8, "--save_every", 2], [0, 1, 2]),
-    (finetune, ["--scratch", *TUNE, *AUGMENTED, "--seed", 2**40], [5, 8, 17]),
-], ids=["train", "save_every 2", "finetune"])
+    (train, [*TRAIN, "--num_images", 16, "--amp", "fp16"], [0, 1, 5]),
+    (finetune, ["--scratch", *TUNE, *AUGMENTED, "--seed", 2**40, "--amp", "fp16"], [5, 8, 17]),
+], ids=["save_every 2", "train", "finetune"])
 def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, steps):
-    """At the end of an epoch, within one, and at the very end, when best.pt must be there."""
+    """At the end of an epoch, within one, and at the very end, when best.pt must be there.
+
+    In fp16, the scale of the loss begins so high that gradients overflow, and is halved with each
+    step that is skipped.
+    """
+    init, scale = torch.amp.GradScaler.__init__, 2.0**24
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
+        lambda scaler, *args, **options: init(scaler, *args, init_scale=scale, **options)))
     call(module, *flags, "--out", tmp_path / "unbroken")
     flags = [*flags, "--out", tmp_path / "stopped"]
     stop_at(monkeypatch, *steps)
@@ -2949,15 +2811,9 @@ def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, step
     assert (tmp_path / "stopped" / "best.pt").exists() == (module is finetune)
     call(module, *flags)
     assert "finished" in capsys.readouterr().out
-    assert_same(result(tmp_path / "stopped"), result(tmp_path / "unbroken"))
-
-
-@pytest.mark.parametrize("module", [train, finetune])
-def test_checkpoints_come_every_save_every_epochs_and_at_the_end(tmp_path, monkeypatch, module):
-    steps, flags = [], TRAIN if module is train else ["--scratch", *TUNE]
-    monkeypatch.setattr(train.Run, "save_checkpoint", lambda *given: steps.append(given[2]))
-    call(module, *flags, "--save_every", 2, "--out", tmp_path)
-    assert steps == [12, 18]
+    state, log = result(tmp_path / "stopped")
+    assert_same((state, log), result(tmp_path / "unbroken"))
+    assert "fp16" not in flags or 2 < state["scaler"]["scale"] < scale
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "encoder.pt", "checkpoint.pt"])
