@@ -1938,19 +1938,16 @@ def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
 
 def test_a_run_in_fp16_that_never_takes_a_step_ends(tmp_path, capsys, monkeypatch):
     """Gradients are infinite, and the scale falls from 2**16 to below 2**-20."""
-    moved, step = [], torch.amp.GradScaler.step
+    spoiled, step = [], torch.amp.GradScaler.step
 
     def spoil_and_step(scaler, optimizer):
-        p = optimizer.param_groups[0]["params"][0]
-        p.grad[0] = math.inf
-        before = p.detach().clone()
+        spoiled.append(optimizer.param_groups[0]["params"][0].grad.fill_(math.inf))
         step(scaler, optimizer)
-        moved.append(not torch.equal(p, before))
 
     monkeypatch.setattr(torch.amp.GradScaler, "step", spoil_and_step)
     flags = ["--amp", "fp16", "--num_images", 96, "--batch_size", 2, "--out", tmp_path]
     assert "never finite in fp16" in refused(capsys, train, *TRAIN, *flags, code=1)
-    assert not any(moved) and 36 <= len(moved) <= 40
+    assert 36 <= len(spoiled) <= 40
 
 
 def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
@@ -2168,23 +2165,19 @@ def test_settings_that_may_change_are_those_of_the_new_call(unbroken, tmp_path):
     assert ["top1_ema" in line for line in read_log(tmp_path)] == [False, True]
 
 
-def test_only_a_better_model_becomes_the_best(tmp_path, monkeypatch):
+def test_only_a_better_model_becomes_the_best(monkeypatch):
     """The average is worse in epoch 1 and better in epoch 2; both are worse again in epoch 3."""
-    run = train.Run(finetune.parse_args(["--scratch", "--out", str(tmp_path)]))
-    run.args.sizes = dict(num_heads=1)
-    model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    scores = iter([(50, 40), (45, 60), (55, 59)])
+    run, kept = train.Run(finetune.parse_args(["--scratch"])), []
+    run.args.sizes, scores = dict(num_heads=1), iter([(50, 40), (45, 60), (55, 59)])
+    run.save_picture = MagicMock()
+    run.save_weights = lambda model, *_, **more: kept.append(model)
+    monkeypatch.setattr(finetune, "draw_predictions", lambda model, *_: kept.append(model))
     monkeypatch.setattr(finetune, "evaluate",
                         lambda *_: [dict(top1=top1, top5=90) for top1 in next(scores)])
-    monkeypatch.setattr(finetune, "draw_predictions", lambda *_: Image.new("RGB", (1, 1)))
-    first, second = model.weight.item(), average.weight.item()
     val = data.Samples(data.Shapes(12, 16), None)
-    for expected in first, second, second:
-        run.log.append(finetune.evaluate_and_keep_the_best(model, average, val, run))
-        assert load(tmp_path / "best.pt")["model"]["weight"].item() == expected
-        shaken(model)
-        if expected == second:  # were it saved again, it would be with other weights
-            shaken(average)
+    for _ in range(3):
+        run.log.append(finetune.evaluate_and_keep_the_best("model", "average", val, run))
+    assert kept == ["model", "model", "average", "average"]
 
 
 def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
