@@ -2450,10 +2450,11 @@ def plain_accuracy(scores, labels):
     return [100 * sum(place < n for place in places) / len(places) for n in (1, 5)]
 
 
-def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys):
+@pytest.mark.parametrize("k", [1, 5])
+def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys, k):
     flags = [*TINY, "--data", photos, "--init", unbroken / "encoder.pt", "--labels_per_class", 0]
     flags += ["--drop_path", 0.9]  # which a frozen encoder must not do
-    call(finetune, *flags, "--knn", "--depth", 2, "--neighbours", 5, "--crop_ratio", 0.5)
+    call(finetune, *flags, "--knn", "--depth", 2, "--neighbours", k, "--crop_ratio", 0.5)
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     vit, scores = load_vit(unbroken / "encoder.pt"), []
     (known, known_labels), (asked, labels) = (
@@ -2462,7 +2463,7 @@ def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys):
     mean, std = known.mean(0), known.std(0)
     for x in (asked - mean) / std:
         cosines, votes = F.cosine_similarity(x, (known - mean) / std), torch.zeros(12)
-        for nearest in cosines.argsort()[-5:]:
+        for nearest in cosines.argsort()[-k:]:
             votes[known_labels[nearest]] += math.exp(cosines[nearest] / 0.07)
         scores.append(votes - 1e-6 * torch.arange(12))  # of equal votes, the first class's counts
     top1, top5 = plain_accuracy(torch.stack(scores), labels)
