@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
                 picture, quality = draw_reconstructions(model, gallery, run)
                 run.save_picture(picture, f"epoch_{epoch:04d}.png")
                 values |= quality
-                warn_of_collapse(quality.get("teacher_rank", math.inf), run)
+                warn_of_collapse(quality.get("teacher_rank", math.inf), run, done == total_steps)
             run.log_epoch(epoch, values, done)
             meter.reset()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
@@ -303,12 +303,12 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def warn_of_collapse(rank: float, run: "Run") -> None:
-    """Warn when teacher_rank falls below half of its highest value in the log so far."""
-    ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line]
-    if ranks and rank < max(ranks) / 2 <= ranks[-1]:
-        run.print(f"warning: teacher_rank fell from {max(ranks):.1f} to {rank:.1f}, a sign of "
-                  "collapse; --branch_init 0, --mask random and --feature_ramp 1 help")
+def warn_of_collapse(rank: float, run: "Run", at_the_end: bool) -> None:
+    """Warn when teacher_rank falls below half of its highest value, or is below 5 at the end."""
+    ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line] or [0.0]
+    if rank < max(ranks) / 2 <= ranks[-1] or at_the_end and rank < 5:
+        run.print(f"warning: teacher_rank is {rank:.1f}, at most it was {max(ranks):.1f}: a sign of "
+                  "collapse; more steps, --branch_init 0 and --mask random help")
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
