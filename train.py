@@ -307,7 +307,7 @@ def warn_of_collapse(rank: float, run: "Run", at_the_end: bool) -> None:
     """Warn when teacher_rank falls below half of its highest value, or is below 5 at the end."""
     ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line] or [0.0]
     if rank < max(ranks) / 2 <= ranks[-1] or at_the_end and rank < 5:
-        run.print(f"warning: teacher_rank is {rank:.1f}, at most it was {max(ranks):.1f}: a sign of "
+        run.print(f"warning: teacher_rank is {rank:.1f}, at most {max(ranks):.1f}, a sign of "
                   "collapse; more steps, --branch_init 0 and --mask random help")
 
 
