@@ -271,7 +271,7 @@ class ViT(nn.Module):
             patches = patches.take_along_dim(visible[:, :, None], dim=1)      # (B, V, C*p*p)
             pos = pos[0, visible]                                             # (B, V, D)
         x = self.patch_embed(patches) + pos                                   # (B, V, D)
-        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)          # (B, 1+V, D)
+        x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)             # (B, 1+V, D)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
