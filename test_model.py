@@ -1983,7 +1983,7 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     assert total == pytest.approx(float(table["ms a step"]), rel=0.01)
     hours = 3 * 48 / float(table["images/s"]) / 3600
     assert float(table["hours of 3 x 48 images"]) == pytest.approx(hours, rel=0.01)
-    assert {"peak memory a process, GiB", "images/s a loading worker"} <= table.keys()
+    assert {"peak GPU memory a process, GiB", "images/s a loading worker"} <= table.keys()
     assert not (tmp_path / "out").exists()
 
 

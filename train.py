@@ -15,6 +15,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -33,6 +34,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -160,17 +162,12 @@ def view_and_mask(image: Image.Image, rng: random.Random, args: argparse.Namespa
     """A random crop of an image, perhaps mirrored, uint8 (3, H, W), and its mask, bool (N,)."""
     image = data.flip(data.random_resized_crop(image, args.img_size, rng, args.crop_scale), rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    return data.to_tensor(image), draw_masks(1, generator, args, grid)[0]
-
-
-def draw_masks(batch: int, generator: torch.Generator, args: argparse.Namespace,
-               grid: tuple[int, int]) -> Tensor:
-    """Masks of the kind and ratio that the flags ask for: bool (batch, N)."""
-    num_patches = math.prod(grid)
-    num_masked = round(args.mask_ratio * num_patches)
+    num_masked = round(args.mask_ratio * math.prod(grid))
     if args.mask == "block":
-        return block_mask(batch, grid, num_masked, generator)
-    return random_mask(batch, num_patches, num_masked, generator)
+        mask = block_mask(1, grid, num_masked, generator)
+    else:
+        mask = random_mask(1, math.prod(grid), num_masked, generator)
+    return data.to_tensor(image), mask[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,8 +312,8 @@ def draw_curves(log: list[dict]) -> Image.Image:
     """Curves over the epochs, a panel each: the losses, and top-1 of a classifier."""
     curves = {}
     for name in "pixel_loss", "feature_loss", "loss", "top1", "top1_ema":
-        points = [(line["epoch"], line[name]) for line in log if name in line]
-        points = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+        points = [(line["epoch"], line[name]) for line in log
+                  if math.isfinite(line.get(name, math.nan))]
         if any(value for _, value in points):  # not the feature_loss of a run without a teacher
             curves[name] = points
     w, h, left, top, last = 352, 216, 64, 40, max(2, log[-1]["epoch"])  # axes, margins, epochs
@@ -325,22 +322,19 @@ def draw_curves(log: list[dict]) -> Image.Image:
     text = functools.partial(draw.text, fill="black", font_size=14)
     for place, (name, points) in enumerate(curves.items()):
         x0, values = 440 * place + left, [value for _, value in points]
-        room = 0.05 * (max(values) - min(values)) or 0.05 * abs(values[0])
-        high = max(values) + room
-        low = max(min(values) - room, min(*values, 0))  # below 0 only for a value below 0
+        high, span = max(values), max(values) - min(values) or 1.0
         text((x0, 10), f"{name}  {values[-1]:.4g}", font_size=18)
         for tick in range(5):
             y = top + h * tick / 4
             draw.line((x0, y, x0 + w, y), fill="lightgray")
-            text((x0 - 6, y), f"{high - (high - low) * tick / 4:.3g}", anchor="rm")
+            text((x0 - 6, y), f"{high - span * tick / 4:.3g}", anchor="rm")
         for epoch in sorted({1, (1 + last) // 2, last}):
             text((x0 + w * (epoch - 1) / (last - 1), top + h + 6), f"{epoch}", anchor="ma")
         text((x0 + w / 2, top + h + 22), "epoch", anchor="ma")
-        dots = [(x0 + w * (epoch - 1) / (last - 1), top + h * (high - value) / (high - low))
+        dots = [(x0 + w * (epoch - 1) / (last - 1), top + h * (high - value) / span)
                 for epoch, value in points]
         draw.line(dots, fill="#1f6fb4", width=3, joint="curve")
-        x, y = dots[-1]
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#1f6fb4")
+        draw.circle(dots[-1], 3, fill="#1f6fb4")
     return picture
 
 
@@ -351,15 +345,15 @@ def draw_curves(log: list[dict]) -> Image.Image:
 def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Run") -> None:
     """Time training steps on random images, and the loading of real ones; print where time goes.
 
-    Each time is the median of ten calls, after three to warm up. With --accum_steps a "step" is one
-    part of a batch and an update.
+    Each time is the least of four, which are means of three calls after two to warm up. With
+    --accum_steps a "step" is one part of a batch and an update.
     """
-    args, cuda = run.args, run.device.type == "cuda"
+    args, threads = run.args, torch.get_num_threads()
     run.join()
     network = run.wrap(model)
     batch = args.batch_size // (run.world_size * args.accum_steps)
     images = torch.rand(batch, 3, args.img_size, args.img_size, device=run.device) * 2 - 1
-    mask = draw_masks(batch, torch.Generator().manual_seed(0), args, model.grid)
+    mask = samples[0][1].expand(batch, -1)
 
     def forward() -> Tensor:
         with run.autocast():
@@ -372,27 +366,13 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         optimizer.zero_grad()
         model.update_teacher(0.999)
 
-    def milliseconds(work: Callable) -> float:
-        times = []
-        for _ in range(13):
-            began = time.perf_counter()
-            work()
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - began))
-        return float(np.median(times[3:]))
+    def milliseconds(work: Callable, number: int = 3, num_threads: int = threads) -> float:
+        timer = Timer("work()", globals=dict(work=work), num_threads=num_threads)
+        return 1e3 * min(timer.timeit(number).mean for _ in range(4))  # waits for the GPU
 
     forward_time = milliseconds(forward)
     backward_time = milliseconds(lambda: forward().backward()) - forward_time
     step = milliseconds(lambda: (forward().backward(), update()))
-    if cuda:
-        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-    else:
-        name, peak = f"{torch.get_num_threads()} CPU threads", math.nan
-        with contextlib.suppress(ImportError):  # Windows has no resource
-            import resource
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak *= 1 if sys.platform == "darwin" else 1024
 
     # The teacher's MLP has a matrix product of this size: what the device can do at best
     tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]
@@ -406,16 +386,14 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         (out.pixel_loss + out.feature_loss).backward()
     gflop = counter.get_total_flops() / 1e9
 
-    torch.set_num_threads(1)  # as many as a loading worker has
-    began, loaded = time.time(), 0
-    while time.time() - began < 2:
-        samples[loaded]
-        loaded += 1
-    loading = loaded / (time.time() - began)
+    keys = itertools.count()
+    loading = 1e3 / milliseconds(lambda: samples[next(keys)], number=30, num_threads=1)
 
     speed = 1e3 * batch * run.world_size / step
     hours = args.epochs * len(samples) / speed / 3600
     achieved = gflop * batch / step
+    cuda = run.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{threads} CPU threads"
     run.print(f"{args.recipe} ({args.model}), batch {batch} a process, {run.world_size} x {name}, "
               f"{run.dtype or torch.float32}{', compiled' if args.compile else ''}")
     for label, value in (
@@ -428,7 +406,7 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         ("GFLOP an image", f"{gflop:.4g}"),
         ("TFLOP/s a process", f"{achieved:.4g}"),
         ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
-        ("peak memory a process, GiB", f"{peak / 2**30:.3g}"),
+        ("peak GPU memory a process, GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.3g}"),
         ("images/s a loading worker", f"{loading:.4g}"),
         ("  workers a process to keep up", f"{math.ceil(speed / run.world_size / loading)}"),
     ):
