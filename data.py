@@ -11,7 +11,6 @@ import math
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -28,18 +27,6 @@ EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _large_photos_allowed():
-    """Pillow refuses images above 179 million pixels, which some phones take. This allows 268."""
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow warns above it, and refuses twice as many pixels
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        try:
-            Image.MAX_IMAGE_PIXELS = limit and limit * 3 // 2
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 class ImageFolder:
@@ -82,7 +69,6 @@ class ImageFolder:
         start = self.ends[index - 1] if index else 0
         return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[index]]))
 
-    @_large_photos_allowed()
     def open(self, index: int) -> Image.Image:
         """The image, of which only the header is read: the crop decides how much is decoded."""
         return Image.open(self.name(index))
@@ -208,7 +194,6 @@ def _exif_turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-@_large_photos_allowed()
 def crop_resize(
     image: Image.Image, box: tuple[float, float, float, float], size: int
 ) -> Image.Image:
@@ -320,7 +305,7 @@ def rand_augment(
 
 
 def random_erasing(
-    images: Tensor, probability: float = 0.25, rng: random.Random | None = None,
+    images: Tensor, rng: random.Random, probability: float = 0.25,
     area: tuple[float, float] = (0.02, 1 / 3), aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Tensor:
     """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
@@ -331,9 +316,8 @@ def random_erasing(
     pixels as they were before any noise.
 
     Takes float (B, 3, H, W) on any device, without waiting for it; returns a copy. Rectangles come
-    from `rng` (None is seeded by the system), noise from torch's default generator.
+    from `rng`, noise from torch's default generator.
     """
-    rng = rng or random.Random()
     images = images.clone()
     H, W = images.shape[-2:]
     for image in images:
@@ -350,8 +334,8 @@ def random_erasing(
 
 
 def mixup_cutmix(
-    images: Tensor, labels: Tensor, num_classes: int, mixup: float = 0.8, cutmix: float = 1.0,
-    smoothing: float = 0.1, rng: random.Random | None = None,
+    images: Tensor, labels: Tensor, num_classes: int, rng: random.Random, mixup: float = 0.8,
+    cutmix: float = 1.0, smoothing: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
     """Mix each image i, and its label, with image B - 1 - i; comes after `random_erasing`.
 
@@ -362,9 +346,8 @@ def mixup_cutmix(
 
     Takes float images (B, 3, H, W) and int64 labels (B,) on any device, without waiting for it, and
     leaves them as they are. Returns images and float32 targets (B, num_classes): labels mixed
-    likewise, with `smoothing` spread over all classes. `rng` None is seeded by the system.
+    likewise, with `smoothing` spread over all classes.
     """
-    rng = rng or random.Random()
     share = 1.0
     if cutmix > 0 and (mixup == 0 or rng.random() < 0.5):
         H, W = images.shape[-2:]

@@ -120,9 +120,9 @@ def main(args: argparse.Namespace) -> None:
             images, labels = to_device(images, run), labels.to(run.device, non_blocking=True)
             rng = random.Random(f"{args.seed} mix {step} {part} {run.rank}")
             if args.erasing:
-                images = data.random_erasing(images, args.erasing, rng=rng)
+                images = data.random_erasing(images, rng, args.erasing)
             images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
-                images, labels, num_classes, args.mixup, args.cutmix, args.smoothing, rng)
+                images, labels, num_classes, rng, args.mixup, args.cutmix, args.smoothing)
             network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: the last part
             with run.autocast():
                 logits = network(images)                # (b, num_classes)

@@ -764,7 +764,7 @@ class Run:
     def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
             samples, batch_sampler=batches, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=_ignore_signals)
+            pin_memory=self.device.type == "cuda", worker_init_fn=_start_worker)
 
     def batches(self, samples: data.Samples, start: int) -> Iterator[tuple]:
         """This process's batches of all epochs, from step `start` on."""
@@ -900,10 +900,11 @@ class Run:
         self.save(state | dict(step=step, log=self.log, settings=self.settings), "checkpoint.pt")
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(number: int) -> None:
     """Make a loading worker ignore Ctrl-C and SIGTERM: the training process ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 class Meter:
@@ -934,6 +935,8 @@ class Meter:
             self.sums.copy_(state["sums"])
 
 
+MAX_PIXELS = 200_000_000  # of a photo: some phones take as many, and Pillow warns above 89 million
+
 # Words in an error's text, and the line that a user gets instead of the traceback.
 CURES = {
     "CUDA out of memory": "out of GPU memory: in training, twice the --accum_steps halves the "
@@ -952,7 +955,7 @@ CURES = {
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Call main(args). Distributed processes then exit at once, because a usual exit may hang."""
-    code = 1
+    code, Image.MAX_IMAGE_PIXELS = 1, MAX_PIXELS
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
