@@ -222,7 +222,6 @@ def outputs_of(models, samples: data.Samples,
     Each process takes every world_size-th image. Nothing is padded, so each image counts once.
     Unreadable images are left out.
     """
-    run.join()
     mine = range(run.rank, len(samples), run.world_size)
     loader = run.loader(samples, torch.utils.data.BatchSampler(mine, 128, drop_last=False))
     for images, labels in tqdm(loader, leave=False, disable=None if run.is_main else True):

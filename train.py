@@ -349,7 +349,6 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     --accum_steps a "step" is one part of a batch and an update.
     """
     args, threads = run.args, torch.get_num_threads()
-    run.join()
     network = run.wrap(model)
     batch = args.batch_size // (run.world_size * args.accum_steps)
     images = torch.rand(batch, 3, args.img_size, args.img_size, device=run.device) * 2 - 1
@@ -620,6 +619,17 @@ class Run:
             cores = len(affinity(0)) if affinity else os.cpu_count()
             self.workers = max(1, min(16, cores // local_size)) if cuda else 1
 
+        if self.world_size > 1 and not dist.is_initialized():
+            with one_line_errors():
+                store, rank, world_size = next(dist.rendezvous("env://"))
+            # After `torchrun --max_restarts` has restarted processes, the store still has the
+            # addresses of the dead ones, so each restart gets its own prefix. This works on one
+            # machine only: each machine counts its own restarts.
+            store = dist.PrefixStore(self.restarts, store)
+            # nccl carries CUDA tensors, gloo others, as the stop flag.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                    rank=rank, world_size=world_size)
+
     def print(self, text: str) -> None:
         """Print on rank 0. A closed stdout never ends a run."""
         if self.is_main:
@@ -646,24 +656,11 @@ class Run:
                 raise ValueError(f"--out {self.args.out} lies inside {folder}, so its pictures "
                                  "would be taken for images: give --out another folder")
 
-    def join(self) -> None:
-        """Meet the other processes: nccl carries CUDA tensors, gloo others, as the stop flag."""
-        if self.world_size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            with one_line_errors():
-                store, rank, world_size = next(dist.rendezvous("env://"))
-            # After `torchrun --max_restarts` has restarted processes, the store still has the
-            # addresses of the dead ones, so each restart gets its own prefix. This works on one
-            # machine only: each machine counts its own restarts.
-            store = dist.PrefixStore(self.restarts, store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-
     def start(self, saved: dict, total_steps: int, images: str) -> int:
-        """Join the other processes, take --out, and load its checkpoint, if any, into `saved`.
+        """Take --out, and load its checkpoint, if any, into `saved`.
 
         images: the fingerprint of the data. Returns the number of steps that are done.
         """
-        self.join()
         self.settings = {name: value for name, value in vars(self.args).items()
                          if name not in MAY_CHANGE} | dict(images=images)
         init = self.args.init
