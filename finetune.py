@@ -603,18 +603,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch_init", type=real(0), help="--scratch: initial scale of residual branches")
     add("--depth", type=integer(0),
         help="--linear, --knn, --features: use the output of this block, from 1 (0: the last)")
-    add("--epochs", type=integer(1), help="length of the run")
-    add("--warmup_epochs", type=real(0), help="of linear warm-up; not given: the recipe's share")
-    add("--batch_size", type=integer(1), help="images a step, over processes and --accum_steps")
     add_rate = parser.add_mutually_exclusive_group().add_argument
     add_rate("--lr", type=real(0), help="peak learning rate")
     add_rate("--base_lr", type=real(0), help="learning rate for 256 images, in place of --lr")
-    add("--min_lr", type=real(0), help="learning rate at the end, or the peak if that is lower")
-    add("--weight_decay", type=real(0), help="not on biases, norms and CLS token")
-    add("--betas", type=real(0, 0.9999999), nargs=2, help="of AdamW")
     add("--layer_decay", type=real(0.001, 1), help="learning rate of a block, over the next one's")
     add("--drop_path", type=real(0, 0.99), help="chance to skip a branch, in the last block")
-    add("--crop_scale", type=real(1e-6, 1), nargs=2, help="area of a random crop, least and most")
     add("--rand_augment", type=real(0, 10), help="magnitude (0: off)")
     add("--erasing", type=real(0, 1), help="probability of random erasing")
     add("--mixup", type=real(0), help="alpha of mixup (0: off)")

@@ -601,8 +601,6 @@ def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool
         state = {key.partition(".")[2]: x for key, x in state.items()}  # module., _orig_mod. etc.
     if any("patch_embeddings." in key for key in state):
         raise ValueError("has transformers' names: take timm's file of the model, or convert them")
-    if any(key.startswith("features.encoder.") for key in state):
-        raise ValueError("is of a linear probe: give the encoder that it was trained on")
     pretraining = "regressor.mask_token" in state  # a checkpoint.pt of train.py
     if pretraining:
         part = "teacher." if teacher else "encoder."

@@ -436,14 +436,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weighted_loss", **switch, help="0: masked patches all weigh the same")
     add("--mask", choices=("block", "random"), help="kind of masks")
     add("--mask_ratio", type=real(0, 1), help="fraction of the patches that is masked")
-    add("--crop_scale", type=real(1e-6, 1), nargs=2, help="area of a random crop, least and most")
-    add("--epochs", type=integer(1), help="length of the run")
-    add("--warmup_epochs", type=real(0), help="of linear warm-up; not given: the recipe's share")
-    add("--batch_size", type=integer(1), help="images a step, over processes and --accum_steps")
     add("--base_lr", type=real(0), help="learning rate for 256 images; scales with --batch_size")
-    add("--min_lr", type=real(0), help="learning rate at the end, or the peak if that is lower")
-    add("--weight_decay", type=real(0), help="not on biases, norms and CLS token")
-    add("--betas", type=real(0, 0.9999999), nargs=2, help="of AdamW")
     add("--feature_ramp", type=real(0, 1), help="share of the run in which lambda rises to 1")
     add("--momentum", type=real(0, 1), nargs=3,
         help="of the teacher at the start, at 1/8 and from 1/2 of the run; without it, averages "
@@ -460,7 +453,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
-    """A parser with the flags of `Run`, which shows `defaults` in its help."""
+    """A parser with the flags of both scripts, which shows `defaults` in its help."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str:
@@ -479,7 +472,14 @@ def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
         help="--init: the file expects pixels of -1 .. 1, or scaled by ImageNet's mean and "
              "deviation (MAE, DeiT, DINO)")
     add("--num_heads", type=integer(1), help="attention heads; without it, as in model.py's SIZES")
+    add("--crop_scale", type=real(1e-6, 1), nargs=2, help="area of a random crop, least and most")
+    add("--epochs", type=integer(1), help="length of the run")
+    add("--warmup_epochs", type=real(0), help="of linear warm-up; not given: the recipe's share")
+    add("--batch_size", type=integer(1), help="images a step, over processes and --accum_steps")
     add("--accum_steps", type=integer(1), default=1, help="cut a batch into parts, to save memory")
+    add("--min_lr", type=real(0), help="learning rate at the end, or the peak if that is lower")
+    add("--weight_decay", type=real(0), help="not on biases, norms and CLS token")
+    add("--betas", type=real(0, 0.9999999), nargs=2, help="of AdamW")
     add("--seed", type=integer(0, 2**63 - 1), default=0, help="of weights, order, crops and masks")
     add("--workers", type=integer(0),
         help="loading processes for each training process; without it, 1 on a CPU, and with GPUs "
