@@ -384,11 +384,7 @@ FILE_ERRORS = {
 
 
 class UnreadableImages(RuntimeError):
-    """Too many images can't be read. The message is one line."""
-
-    def __init__(self, message: str):
-        # A DataLoader raises a worker's exception again, with the whole traceback as its message
-        super().__init__(message.rsplit("UnreadableImages: ", 1)[-1].strip())
+    """Too many images can't be read."""
 
 
 class Samples(torch.utils.data.Dataset):

@@ -393,10 +393,10 @@ class BootMAE(nn.Module):
     """Pretraining: `.encoder`, its EMA copy `.teacher`, decoders `.regressor` and `.predictor`.
 
     img_size .. num_heads, branch_init, in_chans: as in `ViT`. decoder_dim: the regressor's width;
-    the predictor is embed_dim wide. decoder_num_heads: the encoder's if None. Then the paper's
-    ablations. inject: the encoder blocks that the regressor and the predictor attend to (the first
-    is 1, the last is -1, 0 is none). feature_target: False leaves out teacher and predictor.
-    weighted_loss: False gives every masked patch weight 1.
+    the predictor is embed_dim wide. Then the paper's ablations. inject: the encoder blocks that the
+    regressor and the predictor attend to (the first is 1, the last is -1, 0 is none).
+    feature_target: False leaves out teacher and predictor. weighted_loss: False gives every masked
+    patch weight 1.
     With inject=(0, 0) and both flags False this is MAE with three differences: pixels are
     normalised per channel, the decoder is shallower, and it adds positions to the mask tokens only.
     Raises ValueError for sizes that do not fit (see `ViT`), a decoder_dim not divisible by 4, or a
@@ -406,9 +406,8 @@ class BootMAE(nn.Module):
     def __init__(
         self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 768,
         depth: int = 12, num_heads: int = 12, decoder_dim: int = 512, decoder_depth: int = 2,
-        decoder_num_heads: int | None = None, inject: tuple[int, int] = (1, -1),
-        feature_target: bool = True, weighted_loss: bool = True, branch_init: float = 1.0,
-        in_chans: int = 3,
+        inject: tuple[int, int] = (1, -1), feature_target: bool = True, weighted_loss: bool = True,
+        branch_init: float = 1.0, in_chans: int = 3,
     ):
         super().__init__()
         if not all(-1 <= number <= depth for number in inject):
@@ -420,13 +419,12 @@ class BootMAE(nn.Module):
         self.grid = self.encoder.grid
         self.inject = tuple(depth if number == -1 else number for number in inject)
         shallow, deep = (embed_dim if number else None for number in self.inject)
-        heads, pixels = decoder_num_heads or num_heads, in_chans * patch_size**2
-        self.regressor = Decoder(
-            self.grid, embed_dim, decoder_dim, decoder_depth, heads, pixels, shallow)
+        self.regressor = Decoder(self.grid, embed_dim, decoder_dim, decoder_depth, num_heads,
+                                 in_chans * patch_size**2, shallow)
         self.predictor = self.teacher = None
         if feature_target:
-            self.predictor = Decoder(
-                self.grid, embed_dim, embed_dim, decoder_depth, heads, embed_dim, deep)
+            self.predictor = Decoder(self.grid, embed_dim, embed_dim, decoder_depth, num_heads,
+                                     embed_dim, deep)
             self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor) -> Output:

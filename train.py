@@ -971,7 +971,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             if words in text:
                 fail(cure, code=1, everywhere=words != "by peer")
         if isinstance(error, (OSError, MemoryError, data.UnreadableImages)):
-            fail((str(error) or text).strip().splitlines()[-1], code=1, everywhere=True)
+            line = (str(error) or text).strip().splitlines()[-1]  # a worker's is the last of many
+            fail(line.removeprefix("data.UnreadableImages: "), code=1, everywhere=True)
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             traceback.print_exc()
         raise SystemExit(code) from None
