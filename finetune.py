@@ -526,30 +526,29 @@ def build_model(run: train.Run, num_classes: int | None = None) -> nn.Module:
     """
     args = run.args
     torch.manual_seed(args.seed)  # the same weights in every process
-    new_head = {"finetune": num_classes, "linear": 0, "knn": 0, "features": 0}.get(args.mode)
+    classifies = args.mode in ("eval", "predict")
+    new_head = None if classifies else num_classes if args.mode == "finetune" else 0
     drop_path = args.drop_path if args.mode == "finetune" else 0.0  # a frozen encoder drops nothing
-    args.sizes = None
     if args.scratch:
-        args.sizes = dict(SIZES[args.model], img_size=args.img_size, patch_size=args.patch_size)
-        args.sizes["num_heads"] = args.num_heads or args.sizes["num_heads"]
-    elif run.resumes and not os.path.exists(args.init):  # the checkpoint has all of its weights
-        args.sizes = read_file(run.checkpoint)["settings"]["sizes"]
-        args.sizes["img_size"] = args.img_size or args.sizes["img_size"]
-    if args.sizes is not None:
-        model = ViT(**args.sizes, num_classes=new_head, drop_path=drop_path,
-                    branch_init=args.branch_init if args.scratch else 1.0)
-    else:
-        if not os.path.exists(args.init):
-            raise ValueError(f"--init: there is no {args.init}; run train.py, name a file, or take "
-                             "--scratch for random weights")
+        sizes = SIZES[args.model] | dict(img_size=args.img_size, patch_size=args.patch_size)
+        sizes["num_heads"] = args.num_heads or sizes["num_heads"]
+        model = ViT(**sizes, num_classes=new_head, drop_path=drop_path,
+                    branch_init=args.branch_init)
+    elif os.path.exists(args.init):
         model = load_vit(args.init, args.img_size, new_head, drop_path, args.teacher,
                          args.num_heads, args.init_pixels, run.print)
-        if model.grid[0] != model.grid[1]:
-            raise ValueError(f"{args.init} is for images that are not square: give --img_size")
-        args.sizes = model.sizes | dict(img_size=model.grid[0] * model.patch_size)
-    args.img_size = args.sizes["img_size"]
-    if (channels := model.patch_embed.proj.in_channels) != 3:
-        raise ValueError(f"{args.init} is for images of {channels} channels, not RGB")
+    elif run.resumes:  # the checkpoint has all of its weights
+        model = ViT(**read_file(run.checkpoint)["settings"]["sizes"], num_classes=new_head,
+                    drop_path=drop_path)
+    else:
+        raise ValueError(f"--init: there is no {args.init}; run train.py, name a file, or take "
+                         "--scratch for random weights")
+    (rows, columns), channels = model.grid, model.sizes["in_chans"]
+    if rows != columns or channels != 3:
+        raise ValueError(f"{args.init} is for {rows} x {columns} patches of {channels} channels; "
+                         "this takes square images in RGB (--img_size makes them square)")
+    args.img_size = args.img_size or rows * model.patch_size
+    args.sizes = model.sizes | dict(img_size=args.img_size)
     depth = args.depth or len(model.blocks)
     if depth > len(model.blocks):
         raise ValueError(f"--depth {depth}: this network has blocks 1 to {len(model.blocks)}; "
@@ -562,7 +561,7 @@ def build_model(run: train.Run, num_classes: int | None = None) -> nn.Module:
         args.crop_ratio = args.crop_ratio or usual
     if args.mode in ("knn", "features"):
         return Features(model, depth)
-    if args.mode in ("eval", "predict"):
+    if classifies:
         found = getattr(model.head, "out_features", 0)
         if found == 0:
             raise ValueError(f"--{args.mode}: {args.init} is no classifier; give the best.pt that "
