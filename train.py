@@ -688,7 +688,6 @@ class Run:
         else:
             self.save(json.dumps(vars(self.args), indent=1).encode(), "config.json")
             self.save_log()  # a killed run may have logged an epoch after its checkpoint
-            self.print(json.dumps(vars(self.args)))
         self.began, self.began_step = time.time(), step
         return step
 
