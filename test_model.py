@@ -24,7 +24,6 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -288,17 +287,18 @@ def plain_optimizer(model, scale):
     return torch.optim.AdamW(groups, betas=(0.8, 0.95), fused=True)
 
 
-def plain_step(step, optimizer, loss, average, model, momentum):
-    """The rate goes from 0 to 0.01 over 2 steps, then on a cosine to 0.001 at what would be step 6.
+def plain_rate(step, peak):
+    """From 0 to the peak over 2 steps, then on a cosine to 0.001 at what would be step 6."""
+    if step < 2:
+        return peak * step / 2
+    return 0.001 + (peak - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
 
-    `average` follows `model`.
-    """
-    lr = 0.01 * step / 2
-    if step >= 2:
-        lr = 0.001 + (0.01 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+
+def plain_step(step, optimizer, loss, average, model, momentum):
+    """`average` follows `model`."""
     loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = plain_rate(step, 0.01) * group["scale"]
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -348,15 +348,19 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(
     assert np.array(log) == pytest.approx(np.reshape(losses, (3, 2, 2)).mean(axis=1), rel=1e-6)
 
 
+def three_classes(root):
+    """Nine images in train/ and the same in val/; their paths in the order of their numbers."""
+    paths = [root / "train" / str(number // 3) / f"{number}.png" for number in range(9)]
+    for number, path in enumerate(paths):
+        save_at(path, data.Shapes(9, 40).open(number))
+    (root / "val").symlink_to("train")
+    return paths
+
+
 @pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
 def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
-    shapes, files = data.Shapes(9, 40), []  # image i is of class i % 3; a folder's come by class
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
-    torch.manual_seed(0)
-    model = ViT(32, 8, **SIZES["nano"], num_classes=3, drop_path=0.3)
+    files = three_classes(tmp_path)
+    model = small_vit(num_classes=3, drop_path=0.3)
     model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
     torch.save(model.state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
@@ -394,11 +398,7 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
 
 def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
     """Of the blocks up to the second; the encoder stays as it is, and drops no path."""
-    shapes, files = data.Shapes(9, 40), []
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
+    files = three_classes(tmp_path)
     torch.save(small_vit().state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
                --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
@@ -422,16 +422,13 @@ def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
         loss = -(targets * (x @ w.T + b).log_softmax(dim=1)).sum(dim=1).mean()
         losses.append(loss.item())
         grad_w, grad_b = torch.autograd.grad(loss, (w, b))
-        lr = 10 * step / 2
-        if step >= 2:
-            lr = 0.001 + (10 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
         with torch.no_grad():
             grad_w += 4 * w  # weight decay, and not of the biases
             trust = 0.001 * w.square().sum().sqrt() / grad_w.square().sum().sqrt()
             speed_w = 0.9 * speed_w + trust * grad_w
             speed_b = 0.9 * speed_b + grad_b
-            w -= lr * speed_w
-            b -= lr * speed_b
+            w -= plain_rate(step, 10) * speed_w
+            b -= plain_rate(step, 10) * speed_b
     checkpoint = load(tmp_path / "checkpoint.pt")
     found = [checkpoint["model"][name] for name in (
         "head.weight", "head.bias", "norm.running_mean", "norm.running_var")]
@@ -750,22 +747,14 @@ def test_feature_maps():
 
 
 def test_exported_networks_take_any_batch():
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = small_model()[0].encoder.eval()
-
+    class Network(ViT):
         def forward(self, images):
-            return self.vit(images), self.vit.feature_maps(images, (1, 3))[0]
+            return super().forward(images), self.feature_maps(images, (1, 3))[0]
 
-    network, images = Network(), torch.rand(5, 3, 8, 12, dtype=torch.float64)
+    network, images = Network(**SMALL).eval(), torch.rand(5, 3, 8, 12)
     batch = {"images": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(network, (images[:2],), dynamic_shapes=batch).module()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sizes are constants in a trace, as is meant here
-        traced = torch.jit.trace(network, images[:2])
-    for copied in exported, traced:
-        near(copied(images), network(images))
+    near(exported(images), network(images))
 
 
 def test_models_can_be_built_on_the_meta_device():
