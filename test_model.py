@@ -1627,15 +1627,13 @@ def test_schedules():
 
 
 def test_runs_write_what_they_promise(unbroken, tuned):
-    log, log_tuned = read_log(unbroken), read_log(tuned)
-    assert [line["epoch"] for line in log + log_tuned] == [1, 2, 3] * 2
-    assert {"pixel_loss", "feature_loss", "lr", "momentum", "images_per_s"} <= log[0].keys()
-    assert {"loss", "lr", "top1", "top5", "top1_ema", "top5_ema"} <= log_tuned[0].keys()
+    log = read_log(unbroken) + read_log(tuned)
+    assert [line["epoch"] for line in log] == [1, 2, 3] * 2
+    assert {"lr", "momentum", "feature_weight"} < log[0].keys() and "lr" in log[3]
     assert log[2]["pixel_loss"] < log[0]["pixel_loss"]
     assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
-    small_vit().load_state_dict(load(unbroken / "encoder.pt"))
     best = load(tuned / "best.pt")
-    small_vit(num_classes=12).load_state_dict(best.pop("model"))
+    del best["model"]
     assert best == dict(classes=data.SHAPES, img_size=32, crop_ratio=1.0, num_heads=4)
 
 
@@ -1807,10 +1805,10 @@ def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
     assert not read_log(finished)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "code", "tensors", "settings", "step"])
+@pytest.mark.parametrize("damage", ["cut", "code", "tensors", "settings", "step"])
 def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, damage):
     path, flag = finished / "checkpoint.pt", finished / "it_ran"
-    whole, checkpoint = path.read_bytes(), load(path)
+    checkpoint = load(path)
 
     class Hostile:
         def __reduce__(self):
@@ -1818,12 +1816,13 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, dam
 
     if damage == "code":
         checkpoint["model"] = Hostile()
-    elif damage == "tensors":
+    if damage == "tensors":
         checkpoint["model"]["renamed"] = checkpoint["model"].pop("encoder.cls_token")
-    checkpoint.pop(damage, None)  # in the other cases, a part is missing
+    checkpoint.pop(damage, None)  # in two cases, a part is missing
     torch.save(checkpoint, path)
-    bad = {"cut": whole[: len(whole) // 2], "noise": os.urandom(1000)}
-    path.write_bytes(before := bad.get(damage, path.read_bytes()))
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    before = path.read_bytes()
     assert str(path) in refused(capsys, train, *TRAIN, "--out", finished)
     assert path.read_bytes() == before and not flag.exists()
 
@@ -1854,18 +1853,20 @@ def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path, capsys,
     assert not {"checkpoint.pt", "encoder.pt", "best.pt"} & set(os.listdir(tmp_path / "out"))
 
 
-def test_losses_that_are_never_finite_end_the_run():
-    """In fp16 the scaler decides: a loss there may overflow once, and no step is taken."""
+def test_losses_that_are_never_finite_end_the_run(capsys):
+    """In fp16 the scale decides: each step that is not taken, as gradients overflow, halves it."""
     run = train.Run(train.parse_args([]))
-    meter, scaler = train.Meter(run, "loss"), torch.amp.GradScaler("cpu", enabled=False)
+    meter, Scaler = train.Meter(run, "loss"), functools.partial(torch.amp.GradScaler, "cpu")
     for value in 2.0, math.nan, math.inf:
         meter.add(torch.tensor(value))
     assert meter.means() == {"loss": 2.0}
     meter.reset()
     meter.add(torch.tensor(math.nan))
-    run.check_finite(small_vit(), torch.amp.GradScaler("cpu"), meter.means())
-    with pytest.raises(SystemExit, match="1"):
-        run.check_finite(small_vit(), scaler, meter.means())
+    run.check_finite(small_vit(), Scaler(), meter.means())
+    for scaler, words in (Scaler(enabled=False), "no loss"), (Scaler(init_scale=1e-7), "in fp16"):
+        with pytest.raises(SystemExit, match="1"):
+            run.check_finite(small_vit(), scaler, meter.means())
+        assert words in capsys.readouterr().err
 
 
 def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
@@ -1873,24 +1874,21 @@ def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
     folder = shapes_folder(tmp_path / "images", 12)
     for path in folder.iterdir():
         path.write_text("no image")
-    process = launch("train.py", *TINY, "--data", folder, "--workers", 1, "--out", tmp_path / "out")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in err
-    words = r"train.py: ten images in a row can't be read, the last one '.*/\d+.png' \(Unid.*\)"
-    assert re.search(f"^{words}$", err, re.MULTILINE)
+    words = r"^ten images in a row can't be read, the last one '.*/\d+.png' \(Unid[^\n]*\)$"
+    with pytest.raises(data.UnreadableImages, match=words):
+        call(train, *TINY, "--data", folder, "--workers", 1, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("module, flags, words", [(train, *call) for call in [
     ("--recipe nothing", "--recipe"), (f"--seed {2**63}", "--seed:"), ("--num 48", "--num"),
     ("--data no/such/folder", "no/such/folder"), ("--data .", "no images found"),
-    ("--img_size 30", "divisible by patch_size 8"), ("--decoder_dim 30", "30 is not divisible"),
+    ("--img_size 30", "divisible by patch_size 8"), ("--data=", "--data: is empty"),
     ("--init none.pt", "can't read"), ("--mask_ratio nan", "--mask_ratio: nan must"),
     ("--mask_ratio 0", "--mask_ratio 0"), ("--momentum 0.9 0.99 2", "--momentum: 2 must be"),
     ("--inject 1 9", "1 to 4"), ("--accum_steps 3", "--accum_steps 3"),
-    ("--warmup_epochs 5", "--warmup_epochs 5"), ("--workers -1", "--workers: -1 must be"),
+    ("--warmup_epochs 5", "--warmup_epochs 5"), ("--base_lr inf", "--base_lr: inf must be"),
     ("--batch_size 64", "--batch_size 64"), ("--recipe imagenet", "--recipe photos, which suits"),
     ("--device cuda", "--device cuda"), ("--out /proc/nothing", "--out /proc/nothing"),
-    ("--data=", "--data: is empty"), ("--base_lr inf", "--base_lr: inf must be"),
 ]] + [(finetune, *call) for call in [
     ("--init text.pt", "fits no ViT"), ("--init empty.pt", "fits no ViT"),
     ("--init numbers.pt", "holds no state_dict"), ("--init odd.pt", "3 blocks of width 24"),
@@ -1912,20 +1910,6 @@ def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
     flags = [*(TRAIN if module is train else TUNE), "--out", tmp_path / "out", *flags.split()]
     assert words in refused(capsys, module, *flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_in_fp16_that_never_takes_a_step_ends(tmp_path, capsys, monkeypatch):
-    """Gradients are infinite, and the scale falls from 2**16 to below 2**-20."""
-    spoiled, step = [], torch.amp.GradScaler.step
-
-    def spoil_and_step(scaler, optimizer):
-        spoiled.append(optimizer.param_groups[0]["params"][0].grad.fill_(math.inf))
-        step(scaler, optimizer)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "step", spoil_and_step)
-    flags = ["--amp", "fp16", "--num_images", 96, "--batch_size", 2, "--out", tmp_path]
-    assert "never finite in fp16" in refused(capsys, train, *TRAIN, *flags, code=1)
-    assert 36 <= len(spoiled) <= 40
 
 
 def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
@@ -1999,15 +1983,20 @@ def test_streams_that_are_missing_are_replaced(monkeypatch):
 
 
 @pytest.mark.parametrize("module, mode", [(train, []), (finetune, []), (finetune, ["--linear"])])
-def test_a_start_that_is_gone_is_not_missed(unbroken, tmp_path, capsys, module, mode):
-    shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
-    flags = [*(TRAIN if module is train else TUNE), *mode, "--out", tmp_path / "out"]
-    flags += ["--init", tmp_path / "start.pt", "--epochs"]
-    call(module, *flags, 1)
-    (tmp_path / "start.pt").unlink()
-    call(module, *flags, 2)
+def test_moved_images_and_a_lost_start_are_not_missed(unbroken, tmp_path, capsys, module, mode):
+    """Names are compared, not the path. Other classes would have the numbers of the old ones."""
+    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
+    start = shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
+    flags = [*TINY, *mode, "--batch_size", 4, "--init", start, "--out", tmp_path / "out", "--data"]
+    call(module, *flags, folder, "--epochs", 1)
+    start.unlink()
+    folder = folder.rename(tmp_path / "b")
+    call(module, *flags, folder, "--epochs", 2)
     assert "going on from" in capsys.readouterr().out
     assert len(read_log(tmp_path / "out")) == 2
+    for name in "train", "val":
+        (folder / name / "cat").rename(folder / name / "eel")
+    assert "trained with images" in refused(capsys, module, *flags, folder)
 
 
 def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
@@ -2034,6 +2023,7 @@ def test_a_part_of_torchruns_environment_is_refused(tmp_path, capsys, monkeypatc
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in cpp"), "--compile needs"),
     (OSError("Caught OSError in DataLoader worker process 0.\n  File x\nOSError: [Errno 5] I/O"),
      "test: OSError: [Errno 5] I/O"),
+    (data.UnreadableImages("ten images in a row"), "test: ten images in a row"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, words):
     monkeypatch.setattr(sys, "argv", ["test"])
@@ -2061,23 +2051,13 @@ def test_machines_without_affinity_run_on_the_cpu(monkeypatch):
     assert train.Run(train.parse_args([])).workers == 1
 
 
-@pytest.mark.parametrize("module", [train, finetune])
-def test_the_number_of_heads_arrives(unbroken, tmp_path, module):
-    """2 and not 4. Files of this project tell it, where --model would have another."""
-    flags = [*(TRAIN if module is train else TUNE), "--init", unbroken / "encoder.pt"]
-    call(module, *flags, "--num_heads", 2, "--epochs", 1, "--out", tmp_path)
-    path = tmp_path / ("checkpoint.pt" if module is train else "best.pt")
-    assert load_vit(path).sizes["num_heads"] == 2
-    with pytest.raises(SystemExit, match="2"):
-        call(train, *TRAIN, "--init", path, "--out", tmp_path / "out")
-
-
 def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, capsys):
     """ImageNet's pixels change the patch embedding. A rate of 0 leaves weights as they were."""
     flags = [*TRAIN, "--init", unbroken / "encoder.pt", "--epochs", 1, "--base_lr", 0]
-    flags += ["--init_pixels", "imagenet", "--out", tmp_path]
+    flags += ["--init_pixels", "imagenet", "--num_heads", 2, "--out", tmp_path]
     assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
     call(train, *flags)
+    assert load_vit(tmp_path / "checkpoint.pt").blocks[0].attn.num_heads == 2
     start, found = load(unbroken / "encoder.pt"), load(tmp_path / "checkpoint.pt")["model"]
     start["patch_embed.proj.weight"] *= 0.5 / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     for part, (key, x) in itertools.product(("encoder.", "teacher."), start.items()):
@@ -2112,19 +2092,6 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words
     assert not (tmp_path / "out").exists()
 
 
-def test_moved_images_go_on_and_other_classes_are_refused(tmp_path, capsys):
-    """Names are compared, not the path. Other classes would have the numbers of the old ones."""
-    flags = [*FOLDERS, "--scratch", "--out", tmp_path / "out", "--data"]
-    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
-    call(finetune, *flags, folder)
-    folder = folder.rename(tmp_path / "b")
-    call(finetune, *flags, folder, "--epochs", 2)
-    assert "going on from" in capsys.readouterr().out
-    for name in "train", "val":
-        (folder / name / "cat").rename(folder / name / "eel")
-    assert "with images 6 images of 2 classes" in refused(capsys, finetune, *flags, folder)
-
-
 def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_path, capsys):
     """It has the classifier's image size, 32, not the recipe's."""
     folder, run = class_folders(tmp_path / "a", train="cat dog", test="cat"), tmp_path / "run"
@@ -2153,15 +2120,15 @@ def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mod
 def test_labels_per_class_is_a_fixed_subset():
     args = finetune.parse_args(["--scratch", *map(str, TUNE)])
     known, val = finetune.open_images(args, run := train.Run(args))
-    assert known.labels.tolist() == [n % 12 for n in known.indices]
+    numbers = known.indices.tolist()
+    assert known.labels.tolist() == [n % 12 for n in numbers]
     assert sorted(known.labels) == sorted(list(range(12)) * 4)
-    assert not {known.name(i) for i in range(48)} & {val.name(i) for i in range(60)}
-    number = known.indices[7]
-    assert known.open(7) == data.Shapes(number + 1, 32).open(number)
-    assert known.name(7) == f"shape {number}"
-    assert np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
-    args.seed = 1
-    assert not np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
+    assert [known.name(i) for i in range(48)] == [f"shape {n}" for n in numbers]
+    assert known.open(7) == data.Shapes(2400, 32).open(numbers[7])
+    assert not set(numbers) & set(val.numbers)
+    for args.seed in 0, 1:
+        again = finetune.open_images(args, run)[0].indices.tolist()
+        assert (numbers == again) == (args.seed == 0)
 
 
 def test_settings_that_may_change_are_those_of_the_new_call(unbroken, tmp_path):
