@@ -1897,9 +1897,6 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     no_gradient = V * 192 * D  # is wanted for the images
     gflop = 2 * (teacher + 3 * student - no_gradient) / 1e9
     assert float(table["GFLOP an image"]) == pytest.approx(gflop, rel=1e-3)
-    parts = "  forward and losses", "  backward", "  optimizer and teacher update"
-    total = sum(float(table[name]) for name in parts)
-    assert total == pytest.approx(float(table["ms a step"]), rel=0.01)
     hours = 3 * 48 / float(table["images/s"]) / 3600
     assert float(table["hours of 3 x 48 images"]) == pytest.approx(hours, rel=0.01)
     assert {"peak memory a process, GiB", "images/s a loading worker"} <= table.keys()
@@ -1921,19 +1918,14 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
     call(train, *TRAIN, "--out", finished)
 
 
-def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(
-        finished, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(unbroken, tmp_path, capsys):
     """While this one listed its images, and before it took the lock."""
-    out, list_images = tmp_path / "out", train.open_images
-    out.mkdir()
+    def join_late(run):
+        shutil.copy(unbroken / "checkpoint.pt", tmp_path)
 
-    def list_slowly(args, run):
-        shutil.copy(finished / "checkpoint.pt", out)
-        return list_images(args, run)
-
-    monkeypatch.setattr(train, "open_images", list_slowly)
-    assert "another run has written" in refused(capsys, train, *TRAIN, "--out", out)
-    call(train, *TRAIN, "--out", out)
+    with patch.object(train.Run, "join", join_late):
+        assert "another run has written" in refused(capsys, train, *TRAIN, "--out", tmp_path)
+    call(train, *TRAIN, "--out", tmp_path)
     assert "this run is finished" in capsys.readouterr().out
 
 
@@ -1973,13 +1965,13 @@ def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
     assert len(os.listdir(".")) == 8
 
 
-@pytest.mark.parametrize("left", [dict(RANK="0"), dict(WORLD_SIZE="2"), dict(LOCAL_RANK="1"), dict(
-    RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="two", MASTER_ADDR="x")], ids=str)
+@pytest.mark.parametrize("left", [
+    "WORLD_SIZE=2", "LOCAL_RANK=0 RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=two MASTER_ADDR=x"])
 def test_a_part_of_torchruns_environment_is_refused(tmp_path, capsys, monkeypatch, left):
-    for name, value in left.items():
-        monkeypatch.setenv(name, value)
+    for setting in left.split():
+        monkeypatch.setenv(*setting.split("="))
     line = refused(capsys, train, *TRAIN, "--out", tmp_path / "out")
-    assert "start with torchrun" in line and all(n in line for n in left if n != "MASTER_ADDR")
+    assert "start with torchrun" in line and left.split("=")[0] in line
 
 
 @pytest.mark.parametrize("error, words", [
@@ -2724,22 +2716,19 @@ def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, step
     assert "fp16" not in flags or 2 < state["scaler"]["scale"] < scale
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "encoder.pt", "checkpoint.pt"])
-def test_a_kill_before_any_file_of_the_last_epoch(unbroken, tmp_path, capsys, monkeypatch, name):
-    """checkpoint.pt is the last to be written, so a resumed run writes all that were missed."""
-    flags, replace = [*TRAIN, "--out", tmp_path], os.replace
+def test_a_kill_before_the_last_checkpoint(unbroken, tmp_path, capsys, monkeypatch):
+    """The log has a line of the third epoch by then, which the run that goes on must lose."""
+    flags, save = [*TRAIN, "--out", tmp_path], train.Run.save_checkpoint
 
-    def replace_or_die(source, target):
-        if target.endswith(name) and (tmp_path / "epoch_0003.png").exists():
+    def save_or_die(run, saved, step):
+        if step == 18:
             raise KeyboardInterrupt
-        replace(source, target)
+        save(run, saved, step)
 
-    monkeypatch.setattr(os, "replace", replace_or_die)
-    with pytest.raises(KeyboardInterrupt):
+    with patch.object(train.Run, "save_checkpoint", save_or_die), pytest.raises(KeyboardInterrupt):
         call(train, *flags)
-    monkeypatch.undo()
-    assert load(tmp_path / "checkpoint.pt")["step"] == 12
-    stop_at(monkeypatch, 0)  # soon after the resumption: by then log.jsonl has lost its third line
+    assert len(read_log(tmp_path)) == 3
+    stop_at(monkeypatch, 0)  # soon after the resumption
     refused(capsys, train, *flags, code=128 + signal.SIGTERM)
     assert len(read_log(tmp_path)) == 2
     call(train, *flags)
