@@ -1383,9 +1383,9 @@ def view_and_draw(image, rng):
     return data.to_tensor(view), rng.random()
 
 
-@pytest.fixture
-def half_broken(tmp_path, monkeypatch):
-    """Images 0 to 9, of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
+def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(
+        tmp_path, monkeypatch, capsys):
+    """Images 0 to 9 are of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # so that ImageFolder takes up to 15,000
     for number in range(10):
         path = tmp_path / "ab"[number // 5] / f"{number}.png"
@@ -1397,11 +1397,8 @@ def half_broken(tmp_path, monkeypatch):
     Image.new("L", (140, 100), 40).save(tmp_path / "a" / "3.png", "jpeg")
     (tmp_path / "b" / "5.png").write_bytes(b"")
     (tmp_path / "b" / "6.png").write_text("text")
-    return data.ImageFolder(tmp_path)
-
-
-def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(half_broken, capsys):
-    samples, again = (data.Samples(half_broken, view_and_draw) for _ in range(2))
+    folder = data.ImageFolder(tmp_path)
+    samples, again = (data.Samples(folder, view_and_draw) for _ in range(2))
     labels = [set() for _ in range(10)]
     for key in range(200):
         sample = samples[key]
@@ -1414,8 +1411,8 @@ def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(hal
     assert labels == [{0, 1}] * 2 + [{0}] * 3 + [{0, 1}] * 2 + [{1}] * 3
     reasons = ["truncated", "20000 pixels", "cannot identify", "cannot identify"]
     for i, line, reason in zip((0, 1, 5, 6), warnings[::2], reasons, strict=True):
-        assert line.startswith(f"warning: can't read {half_broken.name(i)!r} (") and reason in line
-        assert line.count(half_broken.name(i)) == 1
+        assert line.startswith(f"warning: can't read {folder.name(i)!r} (") and reason in line
+        assert line.count(folder.name(i)) == 1
     assert warnings[::2] == warnings[1::2]  # of `samples` and of `again`
     assert Image.MAX_IMAGE_PIXELS == 5000 and not capsys.readouterr().err
 
@@ -1442,8 +1439,6 @@ TRAIN = [*TINY, "--num_images", 48]
 TUNE = [*TINY, "--labels_per_class", 4, "--num_val", 60]
 FOLDERS = [*TINY, "--batch_size", 2, "--epochs", 1, "--labels_per_class", 0]
 AUGMENTED = "--drop_path 0.2 --mixup 0.8 --cutmix 1 --rand_augment 9 --erasing 0.25".split()
-
-
 TORCHRUN = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"
 
 
@@ -1492,6 +1487,11 @@ def load_weights(path):
 
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
 
 
 def result(out):
@@ -1557,6 +1557,19 @@ def class_folders(root, **sets):
             for index in range(3):
                 image = data.Shapes(72, 40).open(number + 12 * index + 36 * place)
                 save_at(root / name / label / f"{index}.png", image.resize((60, 40)))
+    return root
+
+
+PHOTO_FILES = [f"{label}/{index}.png" for label in "abcdefghijkl" for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with PHOTO_FILES to train, others to validate, and one more of each that is broken."""
+    classes = "a b c d e f g h i j k l"
+    root = class_folders(tmp_path_factory.mktemp("photos"), train=classes, val=classes)
+    for name in "train", "val":
+        (root / name / "d" / "broken.png").write_text("no image")
     return root
 
 
@@ -1730,8 +1743,7 @@ def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode
 
 def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_processes):
     """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
-    with open(two_processes.out / "predict" / "predictions.csv", newline="") as file:
-        _, *rows = csv.reader(file)
+    _, *rows = read_table(two_processes.out / "predict" / "predictions.csv")
     assert [row[0] for row in rows] == [f"{n:03}.png" for n in (0, 1, 2, 4, 5)]
     assert two_processes.err.count("003.png") == 1
     assert re.search(r"disagree on steps done and images: \[\(0, .*\(18", two_processes.err)
@@ -1740,8 +1752,8 @@ def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_
 def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
     """Its checkpoint, log and pictures, and what a kill left, but not its weights.
 
-    Not where torchrun restarts a run, because --fresh was for its first start, and not where a run
-    would start from these weights.
+    Not before it is clear that the weights to start from are no others. Not where torchrun restarts
+    a run: --fresh was for its first start.
     """
     flags = [*TRAIN, "--out", finished, "--fresh"]
     before = (finished / "checkpoint.pt").read_bytes()
@@ -2111,49 +2123,35 @@ def test_features_of_a_folder(unbroken, photos, tmp_path, capsys, depth):
     assert "36 of 37 images" in said.out and said.err.count("broken.png") == 1
     with np.load(tmp_path / "features.npz") as table:
         files, features = table["files"].tolist(), table["features"]
-    assert files == [f"{label}/{index}.png" for label in "abcdefghijkl" for index in range(3)]
+    assert files == PHOTO_FILES
     images, _ = plain_middles(photos / "val", 32, 0.5)
     expected = plain_features(load_vit(unbroken / "encoder.pt"), images, depth or 4)
     near(torch.tensor(features), expected, atol=1e-4)
 
 
-def test_predictions(tmp_path, capsys):
+def test_predictions(photos, tmp_path, capsys):
     """Classes and crop are those in the file of the classifier."""
-    run, folder, out = tmp_path / "run", tmp_path / "images", tmp_path / "out"
-    names = ["ape", "bee", "cat, black", "dog"]
+    names, start, out = ["ape", "bee", "cat, black", "dog"], tmp_path / "best.pt", tmp_path / "out"
     model = small_vit(num_classes=4).eval()
     model.head.weight.data *= 1000
-    run.mkdir()
-    torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), run / "best.pt")
-    photo = Image.fromarray(NOISE).resize((40, 40), BICUBIC)
-    save_at(folder / "gray.png", photo.convert("L"))
-    save_at(folder / "sub" / "cmyk.jpg", photo.convert("CMYK"))
-    save_turned(photo, folder / "turned.jpg", 6)
-    (folder / "broken.png").write_text("no image")
-
-    flags = ["--init", run / "best.pt", "--out", out, "--workers", 0, "--amp", "off"]
+    torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), start)
+    flags = ["--predict", photos / "val", "--init", start, "--workers", 0, "--amp", "off", "--out"]
     with patch.object(finetune, "outputs_of", None):  # it is said before anything is classified
-        assert "/proc" in refused(capsys, finetune, "--predict", folder, *flags, "--out", "/proc/x")
-    call(finetune, "--predict", folder, *flags)
+        assert "/proc" in refused(capsys, finetune, *flags, "/proc/x")
+    call(finetune, *flags, out)
     said = capsys.readouterr()
-    assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
-    with open(out / "predictions.csv", newline="") as file:
-        header, *rows = csv.reader(file)
+    assert "36 of 37 images" in said.out and said.err.count("broken.png") == 1
+    header, *rows = read_table(out / "predictions.csv")
     assert header == "file class probability second probability_2 third probability_3".split()
-    assert [row[0] for row in rows] == ["gray.png", "sub/cmyk.jpg", "turned.jpg"]
-    for row in rows:
-        image = ImageOps.exif_transpose(Image.open(folder / row[0])).convert("RGB")
-        middle = image.resize((32, 32), BICUBIC, box=(10, 10, 30, 30))
-        pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1)[None] / 127.5 - 1
-        values, classes = model(pixels).softmax(dim=1)[0].topk(3)
-        assert row[1::2] == [names[n] for n in classes]
-        assert [float(value) for value in row[2::2]] == pytest.approx(values.tolist(), abs=2e-3)
-    assert Image.open(out / "predictions.png").size == (8 * 152, 188)
-
-    torch.save(model.state_dict(), run / "best.pt")  # without names of classes
-    call(finetune, "--predict", folder, *flags)
-    with open(out / "predictions.csv", newline="") as file:
-        assert {row[1] for row in list(csv.reader(file))[1:]} <= set("0123")
+    assert [row[0] for row in rows] == PHOTO_FILES
+    images, _ = plain_middles(photos / "val", 32, 0.5)
+    values, classes = model(images).softmax(dim=1).topk(3)
+    assert [row[1::2] for row in rows] == [[names[n] for n in best] for best in classes.tolist()]
+    near(torch.tensor([[float(x) for x in row[2::2]] for row in rows]), values, atol=2e-3)
+    assert Image.open(out / "predictions.png").size == (8 * 152, 4 * 188)
+    torch.save(model.state_dict(), start)  # without names of classes
+    call(finetune, *flags, out)
+    assert {row[1] for row in read_table(out / "predictions.csv")[1:]} <= set("0123")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2317,16 +2315,6 @@ def test_fine_tuning_starts_from_the_teacher_at_another_size(unbroken, tmp_path)
             assert torch.equal(x, pretrained[f"teacher.{key}"]), key
     positions = resize_positions(pretrained["teacher.pos_embed"], (4, 4), (6, 6))
     assert torch.equal(best.pos_embed, positions) and best.blocks[0].attn.num_heads == 2
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """36 images of 12 classes to train and others to validate; one more of each is broken."""
-    classes = "a b c d e f g h i j k l"
-    root = class_folders(tmp_path_factory.mktemp("photos"), train=classes, val=classes)
-    for name in "train", "val":
-        (root / name / "d" / "broken.png").write_text("no image")
-    return root
 
 
 def plain_middles(folder, size, ratio):
