@@ -1088,14 +1088,6 @@ def middles(image):
     return np.asarray(image, dtype=float)[rows :: 2 * rows, columns :: 2 * columns].reshape(4, -1)
 
 
-def save_turned(image, path, orientation, **extra):
-    """So that the orientation in EXIF turns it upright again."""
-    exif, turn = Image.Exif(), TURNS[orientation - 1]
-    exif[0x0112] = orientation
-    turned = image if turn is None else image.transpose(turn)
-    turned.save(path, exif=exif, lossless=True, quality=95, **extra)
-
-
 def png_16(pixels):
     """By hand, because Pillow writes no 16-bit colours; pixels are uint16 (H, W, bands)."""
     H, W, bands = pixels.shape
@@ -1161,7 +1153,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
         (tmp_path / name).write_bytes(content)
     else:
         cut = {"transparency": content.getpixel((0, 0))} if "cut" in name else {}
-        save_turned(content, tmp_path / name, 1, **cut)
+        content.save(tmp_path / name, quality=95, **cut)
     image = Image.open(tmp_path / name)
     expected = 255 + (colours.reshape(4, -1) - 255.0) * opacity[:, None] / 255
     for _ in range(2):
@@ -1188,9 +1180,11 @@ def test_pixels_that_are_not_finite_become_the_minimum_of_the_others():
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_view_is_upright(tmp_path, orientation, kind):
-    save_turned(RGB, tmp_path / f"x.{kind}", orientation)
+@pytest.mark.parametrize("orientation, turn", list(enumerate(TURNS, start=1)))
+def test_every_view_is_upright(tmp_path, orientation, turn, kind):
+    exif, turned = Image.Exif(), RGB if turn is None else RGB.transpose(turn)
+    exif[0x0112] = orientation
+    turned.save(tmp_path / f"x.{kind}", exif=exif, lossless=True, quality=95)
     for crop in (
         lambda image: data.crop_resize(image, (0, 0, *image.size), 32),
         lambda image: data.center_crop(image, 32, 1),
@@ -1541,13 +1535,11 @@ def shapes_folder(path, count):
 
 
 def class_folders(root, **sets):
-    """Three oblong images in root/SET/CLASS for each class of a set, as in train="cat dog".
-
-    A class has one shape, the same in all sets; all images differ.
-    """
+    """Three oblong images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
     for place, (name, labels) in enumerate(sets.items()):
         for number, label in enumerate(labels.split()):
             for index in range(3):
+                # One shape for each class, in all sets; no two images are the same.
                 image = data.Shapes(72, 40).open(number + 12 * index + 36 * place)
                 save_at(root / name / label / f"{index}.png", image.resize((60, 40)))
     return root
@@ -1603,16 +1595,13 @@ def test_runs_write_what_they_promise(unbroken, tuned):
 
 
 def test_images_per_s_counts_training_alone(tmp_path, capsys, monkeypatch):
-    """By a clock on which a step of 8 images takes one second, and a picture a thousand.
-
-    The run is stopped in its second epoch; what was done before does not count after that.
-    """
+    """By a clock on which a step of 8 images takes one second, and a picture a thousand."""
     now, add, draw = [0], train.Meter.add, train.draw_reconstructions
     monkeypatch.setattr(train.Meter, "add", lambda *args: now.append(now[-1] + 1) or add(*args))
     monkeypatch.setattr(train, "draw_reconstructions",
                         lambda *args: now.append(now[-1] + 1000) or draw(*args))
     monkeypatch.setattr(train.time, "time", lambda: now[-1])
-    stop_at(monkeypatch, 8)
+    stop_at(monkeypatch, 8)  # in epoch 2; when the run goes on, earlier steps do not count
     flags = [*TRAIN, "--out", tmp_path, "--picture_every", 1]
     refused(capsys, train, *flags, code=128 + signal.SIGTERM)
     call(train, *flags)
@@ -1745,8 +1734,7 @@ def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_
 def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
     """Its checkpoint, log and pictures, and what a kill left, but not its weights.
 
-    Not before it is clear that the weights to start from are no others. Not where torchrun restarts
-    a run: --fresh was for its first start.
+    Not where torchrun restarts a run, nor where the run would start from these weights.
     """
     flags = [*TRAIN, "--out", finished, "--fresh"]
     before = (finished / "checkpoint.pt").read_bytes()
@@ -2214,9 +2202,7 @@ def test_recipes(module):
     for flags, expected in SETTINGS[module].items():
         start = ["--scratch"] if module is finetune else []
         args = module.parse_args([*start, "--recipe", *flags.split()])
-        found = {name: getattr(args, name) for name in expected}
-        found = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
-        assert found == expected, flags
+        assert {name: getattr(args, name) for name in expected} == expected, flags
 
 
 def test_flags_that_are_named_exist(capsys):
