@@ -10,7 +10,6 @@ import csv
 import errno
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -24,7 +23,6 @@ import struct
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -36,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
-from torch._dynamo import lookup_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import data
@@ -48,10 +46,9 @@ from model import (
     resize_positions, unpatchify,
 )
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU adds in another order from run to run
-torch.set_num_threads(1)  # as in the processes that `launch` starts: sums are equal to the bit
 HERE = os.path.dirname(os.path.abspath(__file__))
-
+os.environ |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONPATH=HERE)
+torch.set_num_threads(1)  # a GPU, or more threads, would add in another order
 
 near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -288,17 +285,18 @@ def plain_optimizer(model, scale):
     return torch.optim.AdamW(groups, betas=(0.8, 0.95), fused=True)
 
 
-def plain_step(step, optimizer, loss, average, model, momentum):
-    """The rate goes from 0 to 0.01 over 2 steps, then on a cosine to 0.001 at what would be step 6.
+def plain_rate(step, peak):
+    """From 0 to the peak over 2 steps, then on a cosine to 0.001 at what would be step 6."""
+    if step < 2:
+        return peak * step / 2
+    return 0.001 + (peak - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
 
-    `average` follows `model`.
-    """
-    lr = 0.01 * step / 2
-    if step >= 2:
-        lr = 0.001 + (0.01 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+
+def plain_step(step, optimizer, loss, average, model, momentum):
+    """`average` follows `model`."""
     loss.backward()
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = plain_rate(step, 0.01) * group["scale"]
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
@@ -350,13 +348,8 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(
 
 @pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
 def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
-    shapes, files = data.Shapes(9, 40), []  # image i is of class i % 3; a folder's come by class
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
-    torch.manual_seed(0)
-    model = ViT(32, 8, **SIZES["nano"], num_classes=3, drop_path=0.3)
+    class_folders(tmp_path, train="a b c", val="a b c")
+    files, model = sorted(tmp_path.glob("train/*/*")), small_vit(num_classes=3, drop_path=0.3)
     model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
     torch.save(model.state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
@@ -394,11 +387,8 @@ def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
 
 def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
     """Of the blocks up to the second; the encoder stays as it is, and drops no path."""
-    shapes, files = data.Shapes(9, 40), []
-    for index in 0, 3, 6, 1, 4, 7, 2, 5, 8:
-        files.append(tmp_path / "train" / str(index % 3) / f"{index}.png")
-        save_at(files[-1], shapes.open(index))
-    (tmp_path / "val").symlink_to("train")
+    class_folders(tmp_path, train="a b c", val="a b c")
+    files = sorted(tmp_path.glob("train/*/*"))
     torch.save(small_vit().state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
                --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
@@ -422,23 +412,20 @@ def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
         loss = -(targets * (x @ w.T + b).log_softmax(dim=1)).sum(dim=1).mean()
         losses.append(loss.item())
         grad_w, grad_b = torch.autograd.grad(loss, (w, b))
-        lr = 10 * step / 2
-        if step >= 2:
-            lr = 0.001 + (10 - 0.001) * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
         with torch.no_grad():
             grad_w += 4 * w  # weight decay, and not of the biases
             trust = 0.001 * w.square().sum().sqrt() / grad_w.square().sum().sqrt()
             speed_w = 0.9 * speed_w + trust * grad_w
             speed_b = 0.9 * speed_b + grad_b
-            w -= lr * speed_w
-            b -= lr * speed_b
+            w -= plain_rate(step, 10) * speed_w
+            b -= plain_rate(step, 10) * speed_b
     checkpoint = load(tmp_path / "checkpoint.pt")
     found = [checkpoint["model"][name] for name in (
         "head.weight", "head.bias", "norm.running_mean", "norm.running_var")]
     near(found, [w.detach(), b.detach(), mean, variance], rtol=1e-3, atol=1e-5)
     log = [line["loss"] for line in checkpoint["log"]]
     assert log == pytest.approx(np.reshape(losses, (3, 2)).mean(axis=1), rel=1e-4)
-    images, labels = plain_middles(tmp_path / "train", 32, 1)
+    images, labels = plain_middles(tmp_path / "val", 32, 1)
     x = (plain_features(encoder, images, 2) - mean) / (variance + 1e-6).sqrt()
     top1, _ = plain_accuracy(x @ w.detach().T + b.detach(), labels)
     assert checkpoint["log"][-1]["top1"] == pytest.approx(top1)
@@ -701,24 +688,12 @@ def test_weights_start_xavier_uniform_and_tokens_small():
     assert 1.9e-5 < head.weight.std() < 2.1e-5 and head.bias.abs().max() == 0
 
 
-def test_vit_has_the_names_and_the_size_of_timms():
-    encoder, classifier = ViT(**SIZES["base"]), ViT(**SIZES["tiny"], num_classes=10)
-    size = sum(p.numel() for p in encoder.parameters())
-    assert round(size / 1e6, 1) == 85.6  # and 0.2 M positions, which are not trained
-    layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-    layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in layers] + ["patch_embed.proj"]
-    for vit, ends in (encoder, ["norm"]), (classifier, ["fc_norm", "head"]):
-        names = {f"{layer}.{kind}" for layer in layers + ends for kind in ("weight", "bias")}
-        assert set(vit.state_dict()) == names | {"cls_token", "pos_embed"}
-
-
-def test_classifier_matches_the_definition():
-    torch.manual_seed(0)
-    model = shaken(ViT(**SMALL, num_classes=5, drop_path=0.3).double()).eval()
-    image, w = torch.rand(1, 3, 8, 12, dtype=torch.float64), model.state_dict()
-    tokens = naive_encoder(w, "", naive_patches(image[0]), range(6))[-1][1:]
-    mean = norm(w, "fc_norm", [sum(tokens) / 6])[0]
-    near(model(image)[0], linear(w, "head", mean))
+def test_sizes_are_those_of_timm_and_need_no_memory():
+    with torch.device("meta"):
+        models = [BootMAE(**SIZES[name]) for name in ("tiny", "small", "base", "large")]
+    assert all(x.is_meta for model in models for x in model.state_dict().values())
+    millions = [sum(p.numel() for p in model.encoder.parameters()) / 1e6 for model in models]
+    assert millions == pytest.approx([5.5, 21.6, 85.6, 303.1], abs=0.1)  # less the positions
 
 
 def test_drop_path():
@@ -733,65 +708,47 @@ def test_drop_path():
     assert torch.equal(block.eval().drop(torch.ones(3, 2, 8)), torch.ones(3, 2, 8))
 
 
-def test_feature_maps():
+def test_classifier_and_feature_maps_match_the_definition():
     torch.manual_seed(0)
-    encoder = ViT(**SMALL).double()
+    vit = shaken(ViT(**SMALL, num_classes=5, drop_path=0.3).double()).eval()
     images = torch.rand(2, 3, 8, 12, dtype=torch.float64, requires_grad=True)
-    maps = encoder.feature_maps(images, (3, 1))
-    outputs = naive_encoder(encoder.state_dict(), "", naive_patches(images[1].detach()), range(6))
+    w, maps = vit.state_dict(), vit.feature_maps(images, (3, 1))
+    outputs = naive_encoder(w, "", naive_patches(images[1].detach()), range(6))
     for number, fmap in zip((3, 1), maps):
         near(fmap[1], torch.stack(outputs[number - 1][1:]).T.view(24, 2, 3))
+    mean = norm(w, "fc_norm", [sum(outputs[2][1:]) / 6])[0]
+    near(vit(images)[1], linear(w, "head", mean))
     maps[0].sum().backward()
     assert images.grad.abs().amax(dim=1).min() > 0
     larger = torch.rand(1, 3, 24, 8, dtype=torch.float64)
-    assert encoder.feature_maps(larger, (2,))[0].shape == (1, 24, 6, 2)
+    assert vit.feature_maps(larger, (2,))[0].shape == (1, 24, 6, 2)
     with pytest.raises(ValueError, match="1 to 3"):
-        encoder.feature_maps(images, (0,))
+        vit.feature_maps(images, (0,))
 
 
 def test_exported_networks_take_any_batch():
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = small_model()[0].encoder.eval()
-
+    class Network(ViT):
         def forward(self, images):
-            return self.vit(images), self.vit.feature_maps(images, (1, 3))[0]
+            return super().forward(images), self.feature_maps(images, (1, 3))[0]
 
-    network, images = Network(), torch.rand(5, 3, 8, 12, dtype=torch.float64)
+    network, images = Network(**SMALL).eval(), torch.rand(5, 3, 8, 12)
     batch = {"images": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(network, (images[:2],), dynamic_shapes=batch).module()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sizes are constants in a trace, as is meant here
-        traced = torch.jit.trace(network, images[:2])
-    for copied in exported, traced:
-        near(copied(images), network(images))
-
-
-def test_models_can_be_built_on_the_meta_device():
-    with torch.device("meta"):
-        model = BootMAE(**SMALL)
-    assert all(x.is_meta for x in model.state_dict().values())
-    model.to_empty(device="cpu").load_state_dict(BootMAE(**SMALL).state_dict())
+    near(exported(images), network(images))
 
 
 def test_compiled_forward_and_gradients_are_the_same():
     model, images, mask = small_model(decoder_depth=1)
     torch._dynamo.reset()
-    results, graphs = [], []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    for network in model, torch.compile(model, backend=count):
+    results, backend = [], CompileCounterWithBackend("aot_eager")
+    for network in model, torch.compile(model, backend=backend):
         model.zero_grad()
         out = network(images, mask)
         (out.pixel_loss + out.feature_loss).backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         results.append([out.pixels, out.pixel_loss, out.feature_loss, *grads])
     torch.testing.assert_close(*results)
-    assert len(graphs) == 1  # all but the check of the mask
+    assert backend.frame_count == 1  # one graph of all but the check of the mask
     vit = ViT(**SMALL, num_classes=5, drop_path=0.3)
     torch.compile(vit, backend="eager", fullgraph=True)(torch.rand(2, 3, 8, 12))
 
@@ -855,8 +812,7 @@ def files(tmp_path_factory):
         "two_norms.pth": classifier | {"norm.weight": torch.ones(128)},
         "theirs.pth": official | about, "theirs_alone.pth": {"model": official["model"]},
         "theirs_tuned.pth": {"module": split_biases(classifier)} | about,
-        "text.pt": {"model": torch.zeros(3)}, "empty.pt": {}, "numbers.pt": {3: torch.zeros(3)},
-        "odd.pt": {"model": BootMAE(**SMALL).state_dict()},
+        "empty.pt": {}, "numbers.pt": {3: torch.zeros(3)},
         "gray.pt": small_vit(in_chans=1).state_dict(),
     }.items():
         torch.save(content, folder / name)
@@ -904,7 +860,6 @@ FOREIGN = """patch_embed.proj.0.weight dist_token reg_token blocks.0.attn.q_proj
     ("blocks.2.norm1.bias", None, "blocks.2.norm1.bias is missing"),
     ("blocks.1.mlp.fc1.weight", (256, 128), "blocks.1.mlp.fc1.weight is (256, 128)"),
     ("blocks.5.norm1.bias", (128,), "has 6 blocks of width 128"),
-    ("norm.bias", torch.full((128,), math.nan), "norm.bias has values that are not finite"),
     ("norm.bias", torch.full((128,), math.inf), "norm.bias has values that are not finite"),
     ("vit.embeddings.patch_embeddings.projection.bias", (128,), "transformers'"),
 ])
@@ -919,6 +874,7 @@ def test_other_networks_are_refused_with_the_reason(files, tmp_path, key, value,
 
 
 def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
+    """No tensor tells the number of heads: it is known for the SIZES. None is 3 blocks deep."""
     path, said, images = tmp_path / "x.pt", [], torch.rand(2, 3, 32, 32)
     torch.save((classifier := small_vit(num_classes=7)).state_dict(), path)
     assert torch.equal(load_vit(path)(images), classifier(images))              # the file's head
@@ -928,19 +884,12 @@ def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
     assert larger.blocks[3].drop_path == pytest.approx(0.2) and not larger.training
     assert "positions interpolated from 4 x 4 to 6 x 6" in said[0]
     assert torch.equal(larger.pos_embed, resize_positions(classifier.pos_embed, (4, 4), (6, 6)))
-    torch.save({"module": small_vit(in_chans=1).state_dict()}, path)
-    assert load_vit(path)(torch.rand(2, 1, 32, 32)).shape == (2, 128)
-
-
-def test_number_of_heads_is_that_of_the_sizes_or_the_callers(tmp_path):
-    path, images, said = tmp_path / "x.pt", torch.rand(2, 3, 32, 32), []
-    model = shaken(small_vit(num_heads=8, depth=3))  # a depth that is in none of SIZES
-    torch.save(model.state_dict(), path)
+    shallow = shaken(small_vit(num_heads=8, depth=3))
+    torch.save(shallow.state_dict(), path)
     with pytest.raises(ValueError, match="3 blocks of width 128.*give --num_heads"):
         load_vit(path)
-    assert not torch.allclose(load_vit(path, num_heads=4)(images), model(images), atol=1e-3)
-    assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), model(images))
-    assert "; 8 heads" in said[0]
+    assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), shallow(images))
+    assert "; 8 heads" in said[1]
 
 
 def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
@@ -985,20 +934,6 @@ def test_safetensors_need_their_package(files, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # masking.py
 
-GRIDS = [(14, 14), (3, 5), (7, 20), (1, 9), (2, 2)]
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_masks_have_exact_counts_and_the_weights_of_the_definition(grid):
-    n = grid[0] * grid[1]
-    for seed, count in itertools.product(range(5), {0, 1, n // 2, round(0.75 * n), n - 1, n}):
-        generator = torch.Generator().manual_seed(seed)
-        for mask in random_mask(8, n, count, generator), block_mask(8, grid, count, generator):
-            assert mask.dtype == torch.bool and mask.shape == (8, n)
-            assert (mask.sum(dim=1) == count).all()
-    expected = [naive_weight(row, *grid) for row in random_mask(4, n, n // 2).int().tolist()]
-    near(loss_weight(torch.tensor(expected) > 0, grid), torch.tensor(expected))
-
 
 def naive_blocks(rows, columns, count, uniform):
     """A set of patches (row, column): rectangles of 16 to 60 of 196 patches, as far as 120."""
@@ -1016,16 +951,19 @@ def naive_blocks(rows, columns, count, uniform):
     return hidden
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_block_masks_are_blocks_filled_up_at_random(grid):
+@pytest.mark.parametrize("grid", [(14, 14), (3, 5), (7, 20), (1, 9), (2, 2)], ids=str)
+def test_masks_have_exact_counts_and_block_masks_are_blocks_filled_up(grid):
     n = grid[0] * grid[1]
-    for seed, count in itertools.product(range(10), (n // 2, round(n * 120 / 196), n - 1)):
+    for seed, count in itertools.product(range(5), {0, 1, n // 2, round(n * 120 / 196), n - 1, n}):
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        masks = block_mask(3, grid, count, generators[0]).view(3, *grid)
+        masks = block_mask(3, grid, count, generators[0])
+        for mask in masks, random_mask(3, n, count, generators[0]):
+            assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [count] * 3
         uniform = random.Random(int(torch.randint(2**62, (), generator=generators[1]))).random
-        for mask in masks.numpy():
-            blocks = naive_blocks(*grid, count, uniform)
-            assert blocks <= set(zip(*mask.nonzero())) and mask.sum() == count
+        for mask in masks.view(3, *grid).numpy():
+            assert naive_blocks(*grid, count, uniform) <= set(zip(*mask.nonzero()))
+        expected = torch.tensor([naive_weight(row, *grid) for row in masks.int().tolist()])
+        near(loss_weight(masks, grid), expected)
 
 
 @pytest.mark.parametrize("kind, patches", [(random_mask, 64), (block_mask, (8, 8))])
@@ -1065,18 +1003,19 @@ def test_a_folders_images_and_classes(tmp_path):
 
 
 def test_fingerprints_tell_images_and_classes_but_not_where_they_are(tmp_path):
-    """The same names elsewhere; then a moved image, a renamed class and image, and one more."""
+    """A moved image, a renamed class and image, one more, larger files; the same ones elsewhere."""
     names = ["a/1.png a/2.png b/3.png", "a/1.png b/2.png b/3.png", "c/1.png c/2.png b/3.png",
              "a/1.png a/2.png b/4.png", "a/1.png a/2.png b/3.png b/4.png"]
     folders = []
-    for number, line in enumerate([*names, names[0]]):
+    for number, line in enumerate([*names, names[0], names[0]]):
+        side = 400 if number == 5 else 40
         for name in line.split():
-            save_at(tmp_path / str(number) / name)
+            save_at(tmp_path / str(number) / name, Image.new("RGB", (side, side)))
         folders.append(data.ImageFolder(tmp_path / str(number)))
-    sources = [*folders[:5], data.Shapes(9, 16), data.Shapes(9, 16, start=9), data.Shapes(9, 8)]
+    sources = [*folders[:6], data.Shapes(9, 16), data.Shapes(9, 16, start=9), data.Shapes(9, 8)]
     sources += [data.Subset(folders[n], chosen) for n, chosen in ((0, [0]), (0, [1]), (1, [0]))]
     assert len({source.fingerprint for source in sources}) == len(sources)
-    assert folders[5].fingerprint == folders[0].fingerprint
+    assert folders[6].fingerprint == folders[0].fingerprint
     swapped = data.ImageFolder(tmp_path / "0", ["b", "a"])
     assert swapped.fingerprint != folders[0].fingerprint
 
@@ -1143,14 +1082,6 @@ def middles(image):
     return np.asarray(image, dtype=float)[rows :: 2 * rows, columns :: 2 * columns].reshape(4, -1)
 
 
-def save_turned(image, path, orientation, **extra):
-    """So that the orientation in EXIF turns it upright again."""
-    exif, turn = Image.Exif(), TURNS[orientation - 1]
-    exif[0x0112] = orientation
-    turned = image if turn is None else image.transpose(turn)
-    turned.save(path, exif=exif, lossless=True, quality=95, **extra)
-
-
 def png_16(pixels):
     """By hand, because Pillow writes no 16-bit colours; pixels are uint16 (H, W, bands)."""
     H, W, bands = pixels.shape
@@ -1162,60 +1093,49 @@ def png_16(pixels):
     return content
 
 
-def tiff_16(pixels, order, deflate=False, **extra):
+def tiff(pixels, order="<", deflate=False, **extra):
     """Likewise. Header and tags fill 200 bytes, the bits of each band 8, then come the pixels."""
-    (H, W, bands), content = pixels.shape, pixels.astype(order + "u2").tobytes()
+    (H, W, bands), bits = pixels.shape, 8 * pixels.itemsize
+    content = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     content = zlib.compress(content) if deflate else content
-    tags = {256: W, 257: H, 258: 200, 259: 8 if deflate else 1, 262: 2, 273: 208, 277: bands,
-            278: H, 279: len(content)} | {int(tag[1:]): value for tag, value in extra.items()}
+    tags = {256: W, 257: H, 258: 200 if bands > 1 else bits, 259: 8 if deflate else 1,
+            262: 2 if bands > 1 else 1, 273: 208, 277: bands, 278: H, 279: len(content)}
+    tags |= {int(tag[1:]): value for tag, value in extra.items()}
     head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
     for tag, value in tags.items():
         head += struct.pack(order + "HHII", tag, *((3, bands) if tag == 258 else (4, 1)), value)
-    return head.ljust(200, b"\0") + struct.pack(order + "4H", *[16] * 4) + content
-
-
-def retagged(image, *tags):
-    """A TIFF file in which the second pair of tag and value takes the place of the first."""
-    file = io.BytesIO()
-    image.save(file, "tiff")
-    entries = [struct.pack("<HHIH", tag, 3, 1, value) for tag, value in tags]
-    assert file.getvalue().count(entries[0]) == 1
-    return file.getvalue().replace(*entries)
+    return head.ljust(200, b"\0") + struct.pack(order + "4H", *[bits] * 4) + content
 
 
 RGB, PALETTE = picture(COLOURS), picture(COLOURS).quantize(4)
-RGBA = picture(np.c_[COLOURS, VEIL])
+RGBA_PIXELS = quarters(np.c_[COLOURS, VEIL])
+RGBA = Image.fromarray(RGBA_PIXELS)
 DEEP = LEVELS * np.uint16(16)  # 12 of 16 bits in use
 DEEP_RGB, STRETCHED = COLOURS * np.uint16(16), COLOURS * (255 / COLOURS.max())
 DEEP_RGBA = quarters(np.c_[DEEP_RGB, VEIL * np.uint16(257)])
-SIGNED = picture((LEVELS * np.uint32(2**24)).view(np.int32))
 # A name, an image or what is in the file, the colours that its quarters must have, and the opacity
-# of these, below which is white. Of a TIFF's tags, 338 says what a fourth band is (2: opacity) and
-# 339 whether values have signs (2: yes).
+# of these, below which is white. A TIFF's tag 338 says what a fourth band is (2: opacity).
 KINDS = {
-    "rgb.png": (RGB, COLOURS), "large.jpg": (RGB.resize((1280, 960)), COLOURS),
-    "cmyk.jpg": (RGB.convert("CMYK"), COLOURS), "l.jpg": (picture(LEVELS), LEVELS),
-    "la.png": (picture(np.c_[LEVELS, VEIL]), LEVELS, VEIL),
-    "rgba.png": (RGBA, COLOURS, VEIL), "rgba.webp": (RGBA, COLOURS, VEIL),
-    "rgba.tif": (RGBA, COLOURS, VEIL), "flat.png": (picture(LEVELS * 0 + 9), LEVELS * 0 + 9),
+    "rgb.png": (RGB, COLOURS), "rgb_cut.png": (RGB, COLOURS, CUT),
+    "rgba.png": (RGBA, COLOURS, VEIL), "rgba.tif": (RGBA, COLOURS, VEIL),
     "p.gif": (PALETTE, COLOURS), "p_cut.png": (PALETTE, COLOURS, CUT),
-    "rgb_cut.png": (RGB, COLOURS, CUT),
+    "cmyk.jpg": (RGB.convert("CMYK"), COLOURS),
+    "la.png": (picture(np.c_[LEVELS, VEIL]), LEVELS, VEIL),
     "1.png": (picture(LEVELS).point(lambda v: 255 * (v > 99), "1"), 255 * (LEVELS > 99)),
-    "16.png": (picture(DEEP), LEVELS), "16.pgm": (picture(DEEP), LEVELS),
+    "16.png": (picture(DEEP), LEVELS), "16_cut.png": (picture(DEEP), LEVELS),
     "16.tif": (picture(DEEP), LEVELS), "16b.tif": (picture(DEEP.astype(">u2")), LEVELS),
-    "16_cut.png": (picture(DEEP), LEVELS),
     "f.tif": (picture(LEVELS / np.float32(9) - 7), LEVELS),
     "signed.tif": (picture((np.int32(LEVELS) - 128) * 2**24), LEVELS),
-    "unsigned.tif": (retagged(SIGNED, (339, 2), (339, 1)), LEVELS),
-    "a fourth band of no kind.tif": (retagged(RGBA, (338, 2), (338, 0)), COLOURS),
-    "a fourth band without a word.tif": (retagged(RGBA, (338, 2), (40000, 2)), COLOURS),
+    "unsigned.tif": (tiff(quarters(LEVELS[:, None] * np.uint32(2**24))), LEVELS),
+    "a fourth band of no kind.tif": (tiff(RGBA_PIXELS, t338=0), COLOURS),
+    "a fourth band without a word.tif": (tiff(RGBA_PIXELS), COLOURS),
     "rgb_16.png": (png_16(quarters(DEEP_RGB)), STRETCHED),
     "rgba_16.png": (png_16(DEEP_RGBA), STRETCHED, VEIL),
     "la_16.png": (png_16(quarters(np.c_[DEEP, VEIL * np.uint16(257)])), LEVELS, VEIL),
-    "little.tif": (tiff_16(quarters(DEEP_RGB), "<"), STRETCHED),
-    "deflate.tif": (tiff_16(quarters(DEEP_RGB), ">", deflate=True), STRETCHED),
-    "rgba_16.tif": (tiff_16(DEEP_RGBA, ">", t338=2), STRETCHED, VEIL),
-    "undeclared_16.tif": (tiff_16(DEEP_RGBA, "<"), STRETCHED),
+    "little.tif": (tiff(quarters(DEEP_RGB)), STRETCHED),
+    "deflate.tif": (tiff(quarters(DEEP_RGB), ">", deflate=True), STRETCHED),
+    "rgba_16.tif": (tiff(DEEP_RGBA, ">", t338=2), STRETCHED, VEIL),
+    "undeclared_16.tif": (tiff(DEEP_RGBA), STRETCHED),
 }
 
 
@@ -1227,7 +1147,7 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
         (tmp_path / name).write_bytes(content)
     else:
         cut = {"transparency": content.getpixel((0, 0))} if "cut" in name else {}
-        save_turned(content, tmp_path / name, 1, **cut)
+        content.save(tmp_path / name, quality=95, **cut)
     image = Image.open(tmp_path / name)
     expected = 255 + (colours.reshape(4, -1) - 255.0) * opacity[:, None] / 255
     for _ in range(2):
@@ -1239,29 +1159,26 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, name):
 @pytest.mark.parametrize("deflate", [False, True])
 @pytest.mark.parametrize("extra", [{"t284": 2}, {"t338": 1}], ids=["planes", "multiplied"])
 def test_colours_of_16_bits_that_pillow_misreads_are_refused(tmp_path, extra, deflate):
-    (tmp_path / "x.tif").write_bytes(tiff_16(DEEP_RGBA, "<", deflate, **extra))
+    (tmp_path / "x.tif").write_bytes(tiff(DEEP_RGBA, "<", deflate, **extra))
     with pytest.raises(ValueError, match="separate planes, or multiplied by the opacity"):
         data.to_rgb(Image.open(tmp_path / "x.tif"))
 
 
-def test_pixels_that_are_not_finite_become_the_minimum():
+def test_pixels_that_are_not_finite_become_the_minimum_of_the_others():
     pixels = np.float32([[3, np.nan, np.inf], [-np.inf, 5, 4]])
     levels = np.asarray(data.to_rgb(Image.fromarray(pixels)))[..., 0]
     assert levels.tolist() == [[0, 0, 0], [0, 255, 128]]
-
-
-@pytest.mark.parametrize("pixels", [
-    np.full((8, 8), 7, np.uint16), np.float32([[3, np.nan], [3, np.inf]]),
-    np.full((8, 8), np.nan, np.float32)], ids=["16 bits", "one finite", "none"])
-def test_an_image_without_a_range_is_refused(pixels):
-    with pytest.raises(ValueError, match="same value, or none is finite"):
-        data.to_rgb(Image.fromarray(pixels))
+    for pixels in np.uint16([[7, 7]]), np.float32([[3, np.nan]]), np.float32([[np.nan, np.inf]]):
+        with pytest.raises(ValueError, match="same value, or none is finite"):
+            data.to_rgb(Image.fromarray(pixels))
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_view_is_upright(tmp_path, orientation, kind):
-    save_turned(RGB, tmp_path / f"x.{kind}", orientation)
+@pytest.mark.parametrize("orientation, turn", list(enumerate(TURNS, start=1)))
+def test_every_view_is_upright(tmp_path, orientation, turn, kind):
+    exif, turned = Image.Exif(), RGB if turn is None else RGB.transpose(turn)
+    exif[0x0112] = orientation
+    turned.save(tmp_path / f"x.{kind}", exif=exif, lossless=True, quality=95)
     for crop in (
         lambda image: data.crop_resize(image, (0, 0, *image.size), 32),
         lambda image: data.center_crop(image, 32, 1),
@@ -1273,14 +1190,12 @@ def test_every_view_is_upright(tmp_path, orientation, kind):
         assert np.abs(middles(out) - COLOURS).max() <= (4 if kind == "jpg" else 1)
 
 
-@pytest.mark.parametrize("image, exif", [
-    (RGB, b"garbage"),
-    (RGB, struct.pack("<2sHIHHHI4sI", b"II", 42, 8, 1, 0x0112, 2, 2, b"6", 0)),
-    (RGB.transpose(T.ROTATE_180), struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 3,
-                                              0x011A, 2, 4, b"72 ", 0)),
-], ids=["garbage", "orientation", "resolution"])
+TEXT = struct.pack(  # where a number should be: an XResolution of "72 ", after an orientation of 3
+    "<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 3, 0x011A, 2, 4, b"72 ", 0)
+
+
+@pytest.mark.parametrize("image, exif", [(RGB, b"garbage"), (RGB.transpose(T.ROTATE_180), TEXT)])
 def test_odd_exif_does_no_harm(tmp_path, image, exif):
-    """None at all, and text where a number should be: an orientation "6", an XResolution "72 "."""
     image.save(tmp_path / "x.png", exif=exif)
     out = data.center_crop(Image.open(tmp_path / "x.png"), 32, 1)
     assert np.abs(middles(out) - COLOURS).max() <= 1
@@ -1310,31 +1225,27 @@ def test_flip_mirrors_half_of_the_images():
     assert 30 < flips.count(mirrored) < 70 and flips.count(RGB) + flips.count(mirrored) == 100
 
 
-@pytest.mark.parametrize("scale", [(), (0.08, 1), (0.2, 0.4)], ids=str)
-def test_random_crops_match_the_definition(scale):
-    image = Image.new("RGB", (60, 40))
+@pytest.mark.parametrize("W, H, scale, middle", [
+    (60, 40, (), (3, 0, 56, 40)), (60, 40, (0.08, 0.4), None), (1, 1, (0.08, 1), (0, 0, 1, 1)),
+    (1, 500, (0.08, 1), (0, 249, 1, 250)), (1200, 3, (0.08, 1), (598, 0, 602, 3)),
+])
+def test_random_crops_match_the_definition(W, H, scale, middle):
+    """Where none of ten fits, it is the middle, as wide as 4 / 3 allows."""
+    image, boxes = Image.new("RGB", (W, H)), set()
     for seed in range(200):
-        rng = random.Random(seed)
+        rng, box = random.Random(seed), middle
         with patch.object(data, "crop_resize") as crop:
             data.random_resized_crop(image, 32, random.Random(seed), *([scale] if scale else []))
-        box = 3, 0, 56, 40  # where none of ten fits: the middle, as wide as 4 / 3 allows
         for _ in range(10):
-            area, aspect = 2400 * rng.uniform(*scale or (0.2, 1)), (4 / 3) ** rng.uniform(-1, 1)
+            area, aspect = W * H * rng.uniform(*scale or (0.2, 1)), (4 / 3) ** rng.uniform(-1, 1)
             w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if w <= 60 and h <= 40:
-                left, top = rng.randint(0, 60 - w), rng.randint(0, 40 - h)
+            if 0 < w <= W and 0 < h <= H:
+                left, top = rng.randint(0, W - w), rng.randint(0, H - h)
                 box = left, top, left + w, top + h
                 break
         crop.assert_called_once_with(image, box, 32)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (1200, 3)], ids=str)
-def test_crops_of_very_long_images_show_the_middle(size):
-    levels = np.linspace(0, 200, size[0] * size[1]).reshape(size)  # rise along the image
-    image, rng = Image.fromarray(levels.T.astype(np.uint8)), random.Random(0)
-    for out in data.center_crop(image, 32), data.random_resized_crop(image, 32, rng, (0.08, 1)):
-        assert out.size == (32, 32)
-        assert np.abs(np.asarray(out) - (0.0 if size == (1, 1) else 100.0)).max() < 3
+        boxes.add(box)
+    assert middle is None or middle in boxes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1343,10 +1254,6 @@ def test_crops_of_very_long_images_show_the_middle(size):
 NOISE = np.random.default_rng(0).integers(60, 200, (9, 9, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE).resize((36, 40))
 GRAY = (128, 128, 128)
-
-
-def enhanced(kind):
-    return lambda image, factor: kind(image).enhance(factor)
 
 
 def moved(matrix):
@@ -1363,10 +1270,10 @@ OPERATIONS = {  # as Pillow does it, and the number for m = 0.9 and s = -0.9, an
     "rotate": (lambda image, v: image.rotate(v, BICUBIC, fillcolor=GRAY), -27, 13.5),
     "posterize": (ImageOps.posterize, 1, 3), "solarize": (ImageOps.solarize, 26, 141),
     "solarize_add": (lambda image, v: image.point(lambda p: p + v * (p < 128)), 99, 49),
-    "colour": (enhanced(ImageEnhance.Color), 0.19, 1.405),
-    "contrast": (enhanced(ImageEnhance.Contrast), 0.19, 1.405),
-    "brightness": (enhanced(ImageEnhance.Brightness), 0.19, 1.405),
-    "sharpness": (enhanced(ImageEnhance.Sharpness), 0.19, 1.405),
+    "colour": (lambda image, v: ImageEnhance.Color(image).enhance(v), 0.19, 1.405),
+    "contrast": (lambda image, v: ImageEnhance.Contrast(image).enhance(v), 0.19, 1.405),
+    "brightness": (lambda image, v: ImageEnhance.Brightness(image).enhance(v), 0.19, 1.405),
+    "sharpness": (lambda image, v: ImageEnhance.Sharpness(image).enhance(v), 0.19, 1.405),
     "shear_x": (moved("1v0010"), -0.27, 0.135), "shear_y": (moved("100v10"), -0.27, 0.135),
     "translate_x": (moved("10v010"), -14.58, 7.29), "translate_y": (moved("10001v"), -16.2, 8.1),
 }
@@ -1401,10 +1308,9 @@ def test_rand_augment_draws_operations_magnitudes_and_signs(monkeypatch, options
 
 
 @pytest.mark.parametrize("probability, area, aspect", [
-    (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3)), (1, (2, 3), (1, 1)), (1, (0.5, 0.5), (0.05, 2)),
-], ids=str)
+    (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3)), (1, (0.5, 0.5), (0.05, 2))], ids=str)
 def test_random_erasing_matches_the_definition(probability, area, aspect):
-    """By default; where no rectangle fits; and where one in three does, so that it tries often."""
+    """By default, and where one rectangle in three fits, so that some images stay as they are."""
     images, expected = torch.full((300, 3, 24, 36), 100.0), torch.zeros(300, 3, 24, 36).bool()
     given = () if probability < 1 else (probability, area, aspect)
     torch.manual_seed(0)
@@ -1419,11 +1325,10 @@ def test_random_erasing_matches_the_definition(probability, area, aspect):
                 erased[:, top : top + h, left : left + w] = True
                 break
     assert torch.equal(out != 100, expected) and (images == 100).all()  # noise never gets to 100
-    assert expected.any() == (area != (2, 3))
-    if expected.any():
-        noise = out[expected]
-        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-        assert len(noise.unique()) > 0.9 * len(noise)  # not one value for a rectangle
+    assert not expected.flatten(1).any(dim=1).all()
+    noise = out[expected]
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert len(noise.unique()) > 0.9 * len(noise)  # not one value for a rectangle
 
 
 @pytest.mark.parametrize("alphas", [(), (3, 0), (0, 1), (0, 0)], ids=str)
@@ -1457,9 +1362,9 @@ def view_and_draw(image, rng):
     return data.to_tensor(view), rng.random()
 
 
-@pytest.fixture
-def half_broken(tmp_path, monkeypatch):
-    """Images 0 to 9, of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
+def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(
+        tmp_path, monkeypatch, capsys):
+    """Images 0 to 9 are of levels 40 (class 0) and 200 (class 1); 0, 1, 5 and 6 can't be read."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # Pillow refuses twice as many
     for number in range(10):
         path = tmp_path / "ab"[number // 5] / f"{number}.png"
@@ -1471,11 +1376,8 @@ def half_broken(tmp_path, monkeypatch):
     Image.new("L", (100, 50), 40).save(tmp_path / "a" / "3.png", "jpeg")
     (tmp_path / "b" / "5.png").write_bytes(b"")
     (tmp_path / "b" / "6.png").write_text("text")
-    return data.ImageFolder(tmp_path)
-
-
-def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(half_broken, capsys):
-    samples, again = (data.Samples(half_broken, view_and_draw) for _ in range(2))
+    folder = data.ImageFolder(tmp_path)
+    samples, again = (data.Samples(folder, view_and_draw) for _ in range(2))
     labels = [set() for _ in range(10)]
     for key in range(200):
         sample = samples[key]
@@ -1488,8 +1390,8 @@ def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(hal
     assert labels == [{0, 1}] * 2 + [{0}] * 3 + [{0, 1}] * 2 + [{1}] * 3
     reasons = ["truncated", "20000 pixels", "cannot identify", "cannot identify"]
     for i, line, reason in zip((0, 1, 5, 6), warnings[::2], reasons, strict=True):
-        assert line.startswith(f"warning: can't read {half_broken.name(i)!r} (") and reason in line
-        assert line.count(half_broken.name(i)) == 1
+        assert line.startswith(f"warning: can't read {folder.name(i)!r} (") and reason in line
+        assert line.count(folder.name(i)) == 1
     assert warnings[::2] == warnings[1::2]  # of `samples` and of `again`
     assert not capsys.readouterr().err
 
@@ -1506,17 +1408,16 @@ def test_photos_of_200_megapixels_are_opened_without_a_warning(
     assert not list(recwarn)
 
 
-def test_errors_that_are_not_of_a_file_are_raised(monkeypatch, capsys):
-    broken = PermissionError(errno.EACCES, "no")
-    for error in MemoryError(), OSError(errno.EMFILE, "no"), OSError(errno.EIO, "no"), broken:
-        monkeypatch.setattr(data.Shapes, "open", MagicMock(side_effect=error))
-        samples = data.Samples(data.Shapes(3, 8), view_and_draw, replace=False)
-        with contextlib.nullcontext() if error is broken else pytest.raises(type(error)):
-            assert samples[0][2] == -1
+def test_errors_that_are_not_of_a_file_are_raised(capsys):
+    shapes, broken = data.Shapes(3, 8), PermissionError(errno.EACCES, "no")
+    for error in MemoryError(), OSError(errno.EMFILE, "no"), OSError(errno.EIO, "no"):
+        with patch.object(data.Shapes, "open", side_effect=error), pytest.raises(type(error)):
+            data.Samples(shapes, view_and_draw)[0]
+    with patch.object(data.Shapes, "open", side_effect=broken):
+        assert data.Samples(shapes, view_and_draw, replace=False)[0][2] == -1
     assert "'shape 0' (PermissionError: [Errno 13] no); it is left out" in capsys.readouterr().err
-    monkeypatch.undo()
     with pytest.raises(data.UnreadableImages, match="TypeError"):  # of the transform
-        data.Samples(data.Shapes(3, 8), lambda image, rng: image + 1)[0]
+        data.Samples(shapes, lambda image, rng: image + 1)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1526,24 +1427,16 @@ TINY = """--recipe shapes --img_size 32 --batch_size 8 --epochs 3 --warmup_epoch
           --log_every 2 --amp off""".split()
 TRAIN = [*TINY, "--num_images", 48]
 TUNE = [*TINY, "--labels_per_class", 4, "--num_val", 60]
+FOLDERS = [*TINY, "--batch_size", 2, "--epochs", 1, "--labels_per_class", 0]
 AUGMENTED = "--drop_path 0.2 --mixup 0.8 --cutmix 1 --rand_augment 9 --erasing 0.25".split()
+TORCHRUN = "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"
 
 
-def launch(*command, processes=1, out=subprocess.PIPE, start_new_session=False, **environment):
+def launch(*command, stdout=subprocess.PIPE, **options):
     """Start a script as a user would; output comes back as text."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE} | environment
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=HERE, env=env, text=True,
-                            stdout=out, stderr=subprocess.PIPE,
-                            start_new_session=start_new_session)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(
+        command, cwd=HERE, text=True, stdout=stdout, stderr=subprocess.PIPE, **options)
 
 
 def wait_for(path, process):
@@ -1577,8 +1470,18 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def load_weights(path):
+    """With or without other things beside them."""
+    return load(path).get("model", load(path))
+
+
 def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
 
 
 def result(out):
@@ -1590,8 +1493,7 @@ def result(out):
     state = {key: checkpoint[key] for key in ("model", "optimizer", "scaler", "step")}
     for name in "encoder.pt", "best.pt":
         if (out / name).exists():
-            weights = load(out / name)
-            state[name] = weights.get("model", weights)
+            state[name] = load_weights(out / name)
     return state, log
 
 
@@ -1635,6 +1537,30 @@ def shapes_folder(path, count):
     return path
 
 
+def class_folders(root, **sets):
+    """Three oblong images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
+    for place, (name, labels) in enumerate(sets.items()):
+        for number, label in enumerate(labels.split()):
+            for index in range(3):
+                # One shape for each class, in all sets; no two images are the same.
+                image = data.Shapes(72, 40).open(number + 12 * index + 36 * place)
+                save_at(root / name / label / f"{index}.png", image.resize((60, 40)))
+    return root
+
+
+PHOTO_FILES = [f"{label}/{index}.png" for label in "abcdefghijkl" for index in range(3)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """PHOTO_FILES to train, others to validate, and one more of each that is broken."""
+    classes = "a b c d e f g h i j k l"
+    root = class_folders(tmp_path_factory.mktemp("photos"), train=classes, val=classes)
+    for name in "train", "val":
+        (root / name / "d" / "broken.png").write_text("no image")
+    return root
+
+
 # --------------------------------------------------------------------------------------------------
 # train.py
 
@@ -1661,29 +1587,24 @@ def test_schedules():
 
 
 def test_runs_write_what_they_promise(unbroken, tuned):
-    log, log_tuned = read_log(unbroken), read_log(tuned)
-    assert [line["epoch"] for line in log + log_tuned] == [1, 2, 3] * 2
-    assert {"pixel_loss", "feature_loss", "lr", "momentum", "images_per_s"} <= log[0].keys()
-    assert {"loss", "lr", "top1", "top5", "top1_ema", "top5_ema"} <= log_tuned[0].keys()
+    log = read_log(unbroken) + read_log(tuned)
+    assert [line["epoch"] for line in log] == [1, 2, 3] * 2
+    assert {"lr", "momentum", "feature_weight"} < log[0].keys() and "lr" in log[3]
     assert log[2]["pixel_loss"] < log[0]["pixel_loss"]
     assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
-    small_vit().load_state_dict(load(unbroken / "encoder.pt"))
     best = load(tuned / "best.pt")
-    small_vit(num_classes=12).load_state_dict(best.pop("model"))
+    del best["model"]
     assert best == dict(classes=data.SHAPES, img_size=32, crop_ratio=1.0, num_heads=4)
 
 
 def test_images_per_s_counts_training_alone(tmp_path, capsys, monkeypatch):
-    """By a clock on which a step of 8 images takes one second, and a picture a thousand.
-
-    The run is stopped in its second epoch; what was done before does not count after that.
-    """
+    """By a clock on which a step of 8 images takes one second, and a picture a thousand."""
     now, add, draw = [0], train.Meter.add, train.draw_reconstructions
     monkeypatch.setattr(train.Meter, "add", lambda *args: now.append(now[-1] + 1) or add(*args))
     monkeypatch.setattr(train, "draw_reconstructions",
                         lambda *args: now.append(now[-1] + 1000) or draw(*args))
     monkeypatch.setattr(train.time, "time", lambda: now[-1])
-    stop_at(monkeypatch, 8)
+    stop_at(monkeypatch, 8)  # in epoch 2; when the run goes on, earlier steps do not count
     flags = [*TRAIN, "--out", tmp_path, "--picture_every", 1]
     refused(capsys, train, *flags, code=128 + signal.SIGTERM)
     call(train, *flags)
@@ -1693,7 +1614,6 @@ def test_images_per_s_counts_training_alone(tmp_path, capsys, monkeypatch):
 def test_a_collapse_of_the_teacher_is_seen(tmp_path, capsys, monkeypatch):
     """From the second of three epochs on, its tokens are made the same everywhere."""
     near(train.effective_rank(torch.eye(8)[:5] * 3), 5.0, atol=1e-4)
-    near(train.effective_rank(torch.ones(9, 8)), 1.0, atol=1e-4)
     count, follow = itertools.count(), BootMAE.update_teacher
 
     def collapse(model, momentum):
@@ -1742,8 +1662,10 @@ def two_processes(unbroken, tuned, tmp_path_factory):
         import finetune, train
         from model import BootMAE, ViT
 
-        rank, replace = os.environ["RANK"], os.replace
+        rank = os.environ["RANK"]
         os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = "0", "1"
+        if rank == "1":
+            os.replace = None  # only rank 0 writes files
         torch.nn.modules.module.register_module_forward_pre_hook(
             lambda module, inputs: look(module, *inputs))
 
@@ -1756,16 +1678,11 @@ def two_processes(unbroken, tuned, tmp_path_factory):
                 if isinstance(module, finetune.LinearProbe):
                     seen["statistics"].append(module.norm.running_mean.tolist())
 
-        def watch_replace(*paths):
-            seen["written"] += 1
-            replace(*paths)
-
         def main(args):
             global seen
-            os.replace, all_seen = watch_replace, dict()
+            all_seen = dict()
             for name, (script, *flags) in {calls}.items():
-                seen = dict(images=0, written=0, synced=[], seeds=[], statistics=[])
-                all_seen[name] = seen
+                seen = all_seen[name] = dict(images=0, synced=[], seeds=[], statistics=[])
                 if name == "apart":
                     with open({str(out)!r} + f"/seen{{rank}}.json", "w") as file:
                         json.dump(all_seen, file)
@@ -1774,7 +1691,7 @@ def two_processes(unbroken, tuned, tmp_path_factory):
                 module.main(module.parse_args(flags))
 
         train.launch(main, None)""")
-    process = launch(out / "start.py", processes=2)
+    process = launch(*TORCHRUN, out / "start.py")
     said, err = process.communicate(timeout=120)
     assert process.returncode and (out / "seen1.json").exists(), err
     seen = [json.loads((out / f"seen{rank}.json").read_text()) for rank in (0, 1)]
@@ -1794,12 +1711,10 @@ def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_proces
     assert not set(zero["tune"]["seeds"]) & set(one["tune"]["seeds"])
 
 
-def test_two_processes_share_the_probes_statistics_and_one_writes(two_processes):
+def test_two_processes_share_the_probes_statistics(two_processes):
     zero, one = (rank["linear"]["statistics"] for rank in two_processes.seen)
     assert len(zero) == 6 and zero[5] != zero[0]
     near(torch.tensor(zero), torch.tensor(one))
-    zero, one = ([rank[name]["written"] for name in rank] for rank in two_processes.seen)
-    assert sum(zero) > 20 and sum(one) == 0
 
 
 @pytest.mark.parametrize("mode", ["--eval", "--knn"])
@@ -1812,39 +1727,39 @@ def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode
 
 def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_processes):
     """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
-    with open(two_processes.out / "predict" / "predictions.csv", newline="") as file:
-        _, *rows = csv.reader(file)
+    _, *rows = read_table(two_processes.out / "predict" / "predictions.csv")
     assert [row[0] for row in rows] == [f"{n:03}.png" for n in (0, 1, 2, 4, 5)]
     assert two_processes.err.count("003.png") == 1
     assert re.search(r"disagree on steps done and images: \[\(0, .*\(18", two_processes.err)
 
 
-def test_a_finished_run_stays_finished(finished, monkeypatch, capsys):
-    """Also where torchrun restarts it: --fresh was for its first start."""
-    before = (finished / "checkpoint.pt").read_bytes()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for fresh in [], ["--fresh"]:
-        call(train, *TRAIN, "--out", finished, *fresh)
-        assert "this run is finished" in capsys.readouterr().out
-    assert (finished / "checkpoint.pt").read_bytes() == before
-
-
 def test_fresh_forgets_the_old_run_at_once(finished, monkeypatch, capsys):
-    """Its checkpoint, log and pictures, and what a kill left, but not its weights."""
+    """Its checkpoint, log and pictures, and what a kill left, but not its weights.
+
+    Not where torchrun restarts a run, nor where the run would start from these weights.
+    """
+    flags = [*TRAIN, "--out", finished, "--fresh"]
+    before = (finished / "checkpoint.pt").read_bytes()
+    with patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+        call(train, *flags)
+    assert "this run is finished" in capsys.readouterr().out
+    start = ["--init", finished / "encoder.pt"]
+    assert "would be overwritten" in refused(capsys, train, *flags, *start)
+    assert (finished / "checkpoint.pt").read_bytes() == before
     for name in "epoch_0099.png", "checkpoint.pt.1.tmp", "notes.txt":
         (finished / name).touch()
     monkeypatch.setattr(train.Run, "save_checkpoint", lambda *_: None)
     stop_at(monkeypatch, 0)
-    said = refused(capsys, train, *TRAIN, "--out", finished, "--fresh", code=143)
+    said = refused(capsys, train, *flags, code=143)
     left = "notes.txt .lock config.json encoder.pt log.jsonl".split()
     assert "without --fresh" in said and sorted(os.listdir(finished)) == sorted(left)
     assert not read_log(finished)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "code", "tensors", "settings", "step"])
+@pytest.mark.parametrize("damage", ["cut", "code", "tensors", "settings", "step"])
 def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, damage):
     path, flag = finished / "checkpoint.pt", finished / "it_ran"
-    whole, checkpoint = path.read_bytes(), load(path)
+    checkpoint = load(path)
 
     class Hostile:
         def __reduce__(self):
@@ -1852,12 +1767,13 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_kept(finished, capsys, dam
 
     if damage == "code":
         checkpoint["model"] = Hostile()
-    elif damage == "tensors":
+    if damage == "tensors":
         checkpoint["model"]["renamed"] = checkpoint["model"].pop("encoder.cls_token")
-    checkpoint.pop(damage, None)  # in the other cases, a part is missing
+    checkpoint.pop(damage, None)  # in two cases, a part is missing
     torch.save(checkpoint, path)
-    bad = {"cut": whole[: len(whole) // 2], "noise": os.urandom(1000)}
-    path.write_bytes(before := bad.get(damage, path.read_bytes()))
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    before = path.read_bytes()
     assert str(path) in refused(capsys, train, *TRAIN, "--out", finished)
     assert path.read_bytes() == before and not flag.exists()
 
@@ -1888,67 +1804,56 @@ def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path, capsys,
     assert not {"checkpoint.pt", "encoder.pt", "best.pt"} & set(os.listdir(tmp_path / "out"))
 
 
-def test_losses_that_are_never_finite_end_the_run():
-    """In fp16 the scaler decides: a loss there may overflow once, and no step is taken."""
+def test_losses_that_are_never_finite_end_the_run(capsys):
+    """In fp16 the scale decides: each step that is not taken, as gradients overflow, halves it."""
     run = train.Run(train.parse_args([]))
-    meter, scaler = train.Meter(run, "loss"), torch.amp.GradScaler("cpu", enabled=False)
+    meter, Scaler = train.Meter(run, "loss"), functools.partial(torch.amp.GradScaler, "cpu")
     for value in 2.0, math.nan, math.inf:
         meter.add(torch.tensor(value))
     assert meter.means() == {"loss": 2.0}
     meter.reset()
     meter.add(torch.tensor(math.nan))
-    run.check_finite(small_vit(), torch.amp.GradScaler("cpu"), meter.means())
-    with pytest.raises(SystemExit, match="1"):
-        run.check_finite(small_vit(), scaler, meter.means())
+    run.check_finite(small_vit(), Scaler(), meter.means())
+    for scaler, words in (Scaler(enabled=False), "no loss"), (Scaler(init_scale=2**-21), "in fp16"):
+        with pytest.raises(SystemExit, match="1"):
+            run.check_finite(small_vit(), scaler, meter.means())
+        assert words in capsys.readouterr().err
 
 
 def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
     """Exceptions of a loading worker arrive with a traceback in their text."""
-    folder = shapes_folder(tmp_path / "images", 12)
-    for path in folder.iterdir():
+    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
+    for path in folder.glob("train/*/*"):
         path.write_text("no image")
-    process = launch("train.py", *TINY, "--data", folder, "--workers", 1, "--out", tmp_path / "out")
-    _, err = process.communicate(timeout=120)
+    flags = [*FOLDERS, "--scratch", "--data", folder, "--workers", 1, "--out", tmp_path / "out"]
+    process = launch("finetune.py", *flags)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err
-    words = r"train.py: ten images in a row can't be read, the last one '.*/\d+.png' \(Unid.*\)"
-    assert re.search(f"^{words}$", err, re.MULTILINE)
-
-
-def test_swapped_classes_have_another_fingerprint(tmp_path):
-    """By the sizes of the files, where the names are the same."""
-    for number, name in enumerate("ab"):
-        save_at(tmp_path / name / "0.png", Image.effect_noise((9 + 9 * number, 9), 50))
-    before = data.ImageFolder(tmp_path).fingerprint
-    for old, new in ("a", "c"), ("b", "a"), ("c", "b"):
-        (tmp_path / old).rename(tmp_path / new)
-    assert data.ImageFolder(tmp_path).fingerprint != before
+    words = r"ten images in a row can't be read, the last one '.*/\d+.png' \(Unid.*\)"
+    assert re.search(f"^finetune.py: {words}$", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("module, flags, words", [(train, *call) for call in [
     ("--recipe nothing", "--recipe"), (f"--seed {2**63}", "--seed:"), ("--num 48", "--num"),
     ("--data no/such/folder", "no/such/folder"), ("--data .", "no images found"),
-    ("--img_size 30", "divisible by patch_size 8"), ("--decoder_dim 30", "30 is not divisible"),
+    ("--img_size 30", "divisible by patch_size 8"), ("--data=", "--data: is empty"),
     ("--init none.pt", "can't read"), ("--mask_ratio nan", "--mask_ratio: nan must"),
     ("--mask_ratio 0", "--mask_ratio 0"), ("--momentum 0.9 0.99 2", "--momentum: 2 must be"),
     ("--inject 1 9", "1 to 4"), ("--accum_steps 3", "--accum_steps 3"),
-    ("--warmup_epochs 5", "--warmup_epochs 5"), ("--workers -1", "--workers: -1 must be"),
+    ("--warmup_epochs 5", "--warmup_epochs 5"), ("--base_lr inf", "--base_lr: inf must be"),
     ("--batch_size 64", "--batch_size 64"), ("--recipe imagenet", "--recipe photos, which suits"),
     ("--device cuda", "--device cuda"), ("--out /proc/nothing", "--out /proc/nothing"),
-    ("--data=", "--data: is empty"), ("--base_lr inf", "--base_lr: inf must be"),
 ]] + [(finetune, *call) for call in [
-    ("--init text.pt", "fits no ViT"), ("--init empty.pt", "fits no ViT"),
-    ("--init numbers.pt", "holds no state_dict"), ("--init odd.pt", "3 blocks of width 24"),
+    ("--init empty.pt", "fits no ViT"), ("--init numbers.pt", "holds no state_dict"),
     ("--init none.pt", "there is no"), ("--init encoder.pt --teacher", "holds no teacher"),
     ("", "output/shapes/encoder.pt"), ("--init theirs_alone.pth --teacher", "no model_ema"),
     ("--init encoder.pt --eval", "is no classifier"), ("--scratch --init x", "--init: not allowed"),
-    ("--scratch --predict=", "--predict: is empty"), ("--scratch --batch_size 64", "--batch_size"),
     ("--scratch --knn --depth 9", "--depth 9"), ("--scratch --linear --accum_steps 8", "needs two"),
-    ("--init encoder.pt --patch_size 8", "--patch_size"),
+    ("--scratch --batch_size 64", "64 is"), ("--init encoder.pt --patch_size 8", "--patch_size"),
     ("--init gray.pt --init_pixels imagenet", "gray.pt has 1 channels"),
     ("--init best.pt --init_pixels imagenet", "leave --init_pixels imagenet out"),
     ("--init encoder.pt --num_heads 3", "encoder.pt embed_dim 128 is not divisible by num_heads 3"),
-    ("--init encoder.pt --img_size 30", "30 x 30 is not divisible by patch_size 8"),
-    ("--scratch --knn --linear", "--linear: not allowed"),
+    ("--scratch --knn --linear", "--linear: not allowed"), ("--predict=", "--predict: is empty"),
     ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
 ]])
 def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
@@ -1956,20 +1861,6 @@ def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
     flags = [*(TRAIN if module is train else TUNE), "--out", tmp_path / "out", *flags.split()]
     assert words in refused(capsys, module, *flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_in_fp16_that_never_takes_a_step_ends(tmp_path, capsys, monkeypatch):
-    """Gradients are infinite, and the scale falls from 2**16 to below 2**-20."""
-    spoiled, step = [], torch.amp.GradScaler.step
-
-    def spoil_and_step(scaler, optimizer):
-        spoiled.append(optimizer.param_groups[0]["params"][0].grad.fill_(math.inf))
-        step(scaler, optimizer)
-
-    monkeypatch.setattr(torch.amp.GradScaler, "step", spoil_and_step)
-    flags = ["--amp", "fp16", "--num_images", 96, "--batch_size", 2, "--out", tmp_path]
-    assert "never finite in fp16" in refused(capsys, train, *TRAIN, *flags, code=1)
-    assert 36 <= len(spoiled) <= 40
 
 
 def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
@@ -1990,9 +1881,6 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     no_gradient = V * 192 * D  # is wanted for the images
     gflop = 2 * (teacher + 3 * student - no_gradient) / 1e9
     assert float(table["GFLOP an image"]) == pytest.approx(gflop, rel=1e-3)
-    parts = "  forward and losses", "  backward", "  optimizer and teacher update"
-    total = sum(float(table[name]) for name in parts)
-    assert total == pytest.approx(float(table["ms a step"]), rel=0.01)
     hours = 3 * 48 / float(table["images/s"]) / 3600
     assert float(table["hours of 3 x 48 images"]) == pytest.approx(hours, rel=0.01)
     assert {"peak GPU memory a process, GiB", "images/s a loading worker"} <= table.keys()
@@ -2014,26 +1902,16 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
     call(train, *TRAIN, "--out", finished)
 
 
-def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(
-        finished, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(unbroken, tmp_path, capsys):
     """While this one listed its images, and before it took the lock."""
-    out, list_images = tmp_path / "out", train.open_images
-    out.mkdir()
 
-    def list_slowly(args, run):
-        shutil.copy(finished / "checkpoint.pt", out)
-        return list_images(args, run)
+    def write(run):
+        shutil.copy(unbroken / "checkpoint.pt", tmp_path)
 
-    monkeypatch.setattr(train, "open_images", list_slowly)
-    assert "another run has written" in refused(capsys, train, *TRAIN, "--out", out)
-    call(train, *TRAIN, "--out", out)
+    with patch.object(train.Run, "check_batch", write):
+        assert "another run has written" in refused(capsys, train, *TRAIN, "--out", tmp_path)
+    call(train, *TRAIN, "--out", tmp_path)
     assert "this run is finished" in capsys.readouterr().out
-
-
-def test_a_run_does_not_overwrite_its_start(finished, capsys):
-    flags = ["--init", finished / "encoder.pt", "--out", finished, "--fresh"]
-    assert "would be overwritten" in refused(capsys, train, *TRAIN, *flags)
-    assert (finished / "checkpoint.pt").exists()
 
 
 def test_streams_that_are_missing_are_replaced(monkeypatch):
@@ -2043,15 +1921,20 @@ def test_streams_that_are_missing_are_replaced(monkeypatch):
 
 
 @pytest.mark.parametrize("module, mode", [(train, []), (finetune, []), (finetune, ["--linear"])])
-def test_a_start_that_is_gone_is_not_missed(unbroken, tmp_path, capsys, module, mode):
-    shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
-    flags = [*(TRAIN if module is train else TUNE), *mode, "--out", tmp_path / "out"]
-    flags += ["--init", tmp_path / "start.pt", "--epochs"]
-    call(module, *flags, 1)
-    (tmp_path / "start.pt").unlink()
-    call(module, *flags, 2)
+def test_moved_images_and_a_lost_start_are_not_missed(unbroken, tmp_path, capsys, module, mode):
+    """Names are compared, not the path. Other classes would have the numbers of the old ones."""
+    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
+    start = shutil.copy(unbroken / "encoder.pt", tmp_path / "start.pt")
+    flags = [*TINY, *mode, "--batch_size", 4, "--init", start, "--out", tmp_path / "out", "--data"]
+    call(module, *flags, folder, "--epochs", 1)
+    start.unlink()
+    folder = folder.rename(tmp_path / "b")
+    call(module, *flags, folder, "--epochs", 2)
     assert "going on from" in capsys.readouterr().out
     assert len(read_log(tmp_path / "out")) == 2
+    for name in "train", "val":
+        (folder / name / "cat").rename(folder / name / "eel")
+    assert "trained with images" in refused(capsys, module, *flags, folder)
 
 
 def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
@@ -2061,13 +1944,13 @@ def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
     assert len(os.listdir(".")) == 8
 
 
-@pytest.mark.parametrize("left", [dict(RANK="0"), dict(WORLD_SIZE="2"), dict(LOCAL_RANK="1"), dict(
-    RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="two", MASTER_ADDR="x")], ids=str)
+@pytest.mark.parametrize("left", [
+    "WORLD_SIZE=2", "LOCAL_RANK=0 RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=two MASTER_ADDR=x"])
 def test_a_part_of_torchruns_environment_is_refused(tmp_path, capsys, monkeypatch, left):
-    for name, value in left.items():
-        monkeypatch.setenv(name, value)
+    for setting in left.split():
+        monkeypatch.setenv(*setting.split("="))
     line = refused(capsys, train, *TRAIN, "--out", tmp_path / "out")
-    assert "start with torchrun" in line and all(n in line for n in left if n != "MASTER_ADDR")
+    assert "start with torchrun" in line and left.split("=")[0] in line
 
 
 @pytest.mark.parametrize("error, words", [
@@ -2093,7 +1976,8 @@ def test_a_closed_or_narrow_stdout_does_not_end_a_run(tmp_path):
     os.close(read)
     folder = class_folders(tmp_path / "a", train="äpfel 梨", val="äpfel")
     flags = [*FOLDERS, "--scratch", "--data", folder, "--out", tmp_path / "out"]
-    process = launch("finetune.py", *flags, out=write, PYTHONIOENCODING="ascii")
+    ascii_only = os.environ | dict(PYTHONIOENCODING="ascii")
+    process = launch("finetune.py", *flags, stdout=write, env=ascii_only)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert (tmp_path / "out" / "best.pt").exists() and "Traceback" not in err
@@ -2105,23 +1989,13 @@ def test_machines_without_affinity_run_on_the_cpu(monkeypatch):
     assert train.Run(train.parse_args([])).workers == 1
 
 
-@pytest.mark.parametrize("module", [train, finetune])
-def test_the_number_of_heads_arrives(unbroken, tmp_path, module):
-    """2 and not 4. Files of this project tell it, where --model would have another."""
-    flags = [*(TRAIN if module is train else TUNE), "--init", unbroken / "encoder.pt"]
-    call(module, *flags, "--num_heads", 2, "--epochs", 1, "--out", tmp_path)
-    path = tmp_path / ("checkpoint.pt" if module is train else "best.pt")
-    assert load_vit(path).sizes["num_heads"] == 2
-    with pytest.raises(SystemExit, match="2"):
-        call(train, *TRAIN, "--init", path, "--out", tmp_path / "out")
-
-
 def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, capsys):
     """ImageNet's pixels change the patch embedding. A rate of 0 leaves weights as they were."""
     flags = [*TRAIN, "--init", unbroken / "encoder.pt", "--epochs", 1, "--base_lr", 0]
-    flags += ["--init_pixels", "imagenet", "--out", tmp_path]
+    flags += ["--init_pixels", "imagenet", "--num_heads", 2, "--out", tmp_path]
     assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
     call(train, *flags)
+    assert load_vit(tmp_path / "checkpoint.pt").blocks[0].attn.num_heads == 2
     start, found = load(unbroken / "encoder.pt"), load(tmp_path / "checkpoint.pt")["model"]
     start["patch_embed.proj.weight"] *= 0.5 / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     for part, (key, x) in itertools.product(("encoder.", "teacher."), start.items()):
@@ -2131,17 +2005,6 @@ def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, 
 
 # --------------------------------------------------------------------------------------------------
 # finetune.py
-
-
-def class_folders(root, **sets):
-    """Three images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
-    for name, labels in sets.items():
-        for label, index in itertools.product(labels.split(), range(3)):
-            save_at(root / name / label / f"{index}.png")
-    return root
-
-
-FOLDERS = [*TINY, "--batch_size", 2, "--epochs", 1, "--labels_per_class", 0]
 
 
 @pytest.mark.parametrize("sets, words", [
@@ -2154,19 +2017,6 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words
     flags = ["--data", class_folders(tmp_path / "a", **sets), "--out", tmp_path / "out"]
     assert words in refused(capsys, finetune, *FOLDERS, "--scratch", *flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_moved_images_go_on_and_other_classes_are_refused(tmp_path, capsys):
-    """Names are compared, not the path. Other classes would have the numbers of the old ones."""
-    flags = [*FOLDERS, "--scratch", "--out", tmp_path / "out", "--data"]
-    folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
-    call(finetune, *flags, folder)
-    folder = folder.rename(tmp_path / "b")
-    call(finetune, *flags, folder, "--epochs", 2)
-    assert "going on from" in capsys.readouterr().out
-    for name in "train", "val":
-        (folder / name / "cat").rename(folder / name / "eel")
-    assert "with images 6 images of 2 classes" in refused(capsys, finetune, *flags, folder)
 
 
 def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_path, capsys):
@@ -2197,15 +2047,15 @@ def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mod
 def test_labels_per_class_is_a_fixed_subset():
     args = finetune.parse_args(["--scratch", *map(str, TUNE)])
     known, val = finetune.open_images(args, run := train.Run(args))
-    assert known.labels.tolist() == [n % 12 for n in known.indices]
+    numbers = known.indices.tolist()
+    assert known.labels.tolist() == [n % 12 for n in numbers]
     assert sorted(known.labels) == sorted(list(range(12)) * 4)
-    assert not {known.name(i) for i in range(48)} & {val.name(i) for i in range(60)}
-    number = known.indices[7]
-    assert known.open(7) == data.Shapes(number + 1, 32).open(number)
-    assert known.name(7) == f"shape {number}"
-    assert np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
-    args.seed = 1
-    assert not np.array_equal(known.indices, finetune.open_images(args, run)[0].indices)
+    assert [known.name(i) for i in range(48)] == [f"shape {n}" for n in numbers]
+    assert known.open(7) == data.Shapes(2400, 32).open(numbers[7])
+    assert min(val.numbers) >= 2400
+    for args.seed in 0, 1:
+        again = finetune.open_images(args, run)[0].indices.tolist()
+        assert (numbers == again) == (args.seed == 0)
 
 
 def test_settings_that_may_change_are_those_of_the_new_call(unbroken, tmp_path):
@@ -2254,62 +2104,42 @@ def test_features_of_a_folder(unbroken, photos, tmp_path, capsys, depth):
     flags += ["--crop_ratio", 0.5, "--workers", 0, "--amp", "off", "--out", tmp_path]
     call(finetune, *flags)
     said = capsys.readouterr()
-    assert "48 of 49 images" in said.out and said.err.count("broken.png") == 1
+    assert "36 of 37 images" in said.out and said.err.count("broken.png") == 1
     with np.load(tmp_path / "features.npz") as table:
         files, features = table["files"].tolist(), table["features"]
-    assert files == sorted(f"{n % 12:02}/{n:02}.png" for n in range(48))
+    assert files == PHOTO_FILES
     images, _ = plain_middles(photos / "val", 32, 0.5)
     expected = plain_features(load_vit(unbroken / "encoder.pt"), images, depth or 4)
     near(torch.tensor(features), expected, atol=1e-4)
 
 
-def test_predictions(tmp_path, capsys):
+def test_predictions(photos, tmp_path, capsys):
     """Classes and crop are those in the file of the classifier."""
-    run, folder, out = tmp_path / "run", tmp_path / "images", tmp_path / "out"
-    names = ["ape", "bee", "cat, black", "dog"]
+    names, start, out = ["ape", "bee", "cat, black", "dog"], tmp_path / "best.pt", tmp_path / "out"
     model = small_vit(num_classes=4).eval()
     model.head.weight.data *= 1000
-    run.mkdir()
-    torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), run / "best.pt")
-    photo = Image.fromarray(NOISE).resize((40, 40), BICUBIC)
-    save_at(folder / "gray.png", photo.convert("L"))
-    save_at(folder / "sub" / "cmyk.jpg", photo.convert("CMYK"))
-    save_turned(photo, folder / "turned.jpg", 6)
-    (folder / "broken.png").write_text("no image")
-
-    flags = ["--init", run / "best.pt", "--out", out, "--workers", 0, "--amp", "off"]
+    torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), start)
+    flags = ["--predict", photos / "val", "--init", start, "--workers", 0, "--amp", "off", "--out"]
     with patch.object(finetune, "outputs_of", None):  # it is said before anything is classified
-        assert "/proc" in refused(capsys, finetune, "--predict", folder, *flags, "--out", "/proc/x")
-    call(finetune, "--predict", folder, *flags)
+        assert "/proc" in refused(capsys, finetune, *flags, "/proc/x")
+    call(finetune, *flags, out)
     said = capsys.readouterr()
-    assert "3 of 4 images" in said.out and said.err.count("broken.png") == 1
-    with open(out / "predictions.csv", newline="") as file:
-        header, *rows = csv.reader(file)
+    assert "36 of 37 images" in said.out and said.err.count("broken.png") == 1
+    header, *rows = read_table(out / "predictions.csv")
     assert header == "file class probability second probability_2 third probability_3".split()
-    assert [row[0] for row in rows] == ["gray.png", "sub/cmyk.jpg", "turned.jpg"]
-    for row in rows:
-        image = ImageOps.exif_transpose(Image.open(folder / row[0])).convert("RGB")
-        middle = image.resize((32, 32), BICUBIC, box=(10, 10, 30, 30))
-        pixels = torch.from_numpy(np.array(middle)).permute(2, 0, 1)[None] / 127.5 - 1
-        values, classes = model(pixels).softmax(dim=1)[0].topk(3)
-        assert row[1::2] == [names[n] for n in classes]
-        assert [float(value) for value in row[2::2]] == pytest.approx(values.tolist(), abs=2e-3)
-    assert Image.open(out / "predictions.png").size == (8 * 152, 188)
-
-    torch.save(model.state_dict(), run / "best.pt")  # without names of classes
-    call(finetune, "--predict", folder, *flags)
-    with open(out / "predictions.csv", newline="") as file:
-        assert {row[1] for row in list(csv.reader(file))[1:]} <= set("0123")
+    assert [row[0] for row in rows] == PHOTO_FILES
+    images, _ = plain_middles(photos / "val", 32, 0.5)
+    values, classes = model(images).softmax(dim=1).topk(3)
+    assert [row[1::2] for row in rows] == [[names[n] for n in best] for best in classes.tolist()]
+    near(torch.tensor([[float(x) for x in row[2::2]] for row in rows]), values, atol=2e-3)
+    assert Image.open(out / "predictions.png").size == (8 * 152, 4 * 188)
+    torch.save(model.state_dict(), start)  # without names of classes
+    call(finetune, *flags, out)
+    assert {row[1] for row in read_table(out / "predictions.csv")[1:]} <= set("0123")
 
 
 # --------------------------------------------------------------------------------------------------
 # What arrives: recipes, flags, precision, pictures and files, seen in what a run leaves
-
-
-def load_model_state(path):
-    """The weights in a file, with or without names of classes beside them."""
-    content = load(path)
-    return content.get("model", content)
 
 
 PRETRAINING = dict(
@@ -2374,9 +2204,7 @@ def test_recipes(module):
     for flags, expected in SETTINGS[module].items():
         start = ["--scratch"] if module is finetune else []
         args = module.parse_args([*start, "--recipe", *flags.split()])
-        found = {name: getattr(args, name) for name in expected}
-        found = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
-        assert found == expected, flags
+        assert {name: getattr(args, name) for name in expected} == expected, flags
 
 
 def test_flags_that_are_named_exist(capsys):
@@ -2396,21 +2224,22 @@ def test_flags_that_are_named_exist(capsys):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Calls of a compiled network, of a loader's constructor, and for numbers on the bar."""
-    loader, seen = torch.utils.data.DataLoader, SimpleNamespace(bar=MagicMock(), net=MagicMock())
+    """Calls of a compiled network and for numbers on the bar; numbers of loading workers."""
+    seen = SimpleNamespace(bar=MagicMock(), net=MagicMock(), workers=set())
+    init = torch.utils.data.DataLoader.__init__
 
     def compiled(model):
         seen.net.side_effect = model
         return seen.net
 
+    def note_workers(loader, *args, num_workers, **options):
+        seen.workers.add(num_workers)
+        init(loader, *args, num_workers=num_workers, **options)
+
     monkeypatch.setattr(train.tqdm, "set_postfix", seen.bar)
     monkeypatch.setattr(torch, "compile", compiled)
-    with patch.object(loader, "__init__", autospec=True, side_effect=loader.__init__) as seen.init:
-        yield seen
-
-
-def workers(watched):
-    return {call.kwargs["num_workers"] for call in watched.init.call_args_list}
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", note_workers)
+    return seen
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")  # may have more workers than there are cores
@@ -2424,7 +2253,7 @@ def test_flags_of_pretraining_arrive(tmp_path, watched):
     found = {name: tuple(x.shape) for name, x in checkpoint["model"].items()}
     assert {path.name for path in pictures} == {"epoch_0002.png", "epoch_0003.png"}
     assert checkpoint["step"] == watched.net.call_count == watched.bar.call_count == 6
-    assert workers(watched) == {2}
+    assert watched.workers == {2}
     assert found["encoder.blocks.11.norm1.weight"] == (192,)
     assert found["encoder.pos_embed"] == (1, 1 + 4 * 4, 192)
     assert found["encoder.patch_embed.proj.weight"] == (192, 3, 12, 12)
@@ -2448,10 +2277,10 @@ def test_flags_of_fine_tuning_arrive(tmp_path, watched):
                --labels_per_class 2 --batch_size 8 --epochs 3 --eval_every 2 --log_every 1
                --workers 0 --compile --amp off --out""".split()
     call(finetune, *flags, tmp_path)
-    log, best = read_log(tmp_path), load_model_state(tmp_path / "best.pt")
+    log, best = read_log(tmp_path), load_weights(tmp_path / "best.pt")
     assert ["top1" in line for line in log] == [False, True, True]
     assert log[2]["top1"] * 30 / 100 == pytest.approx(round(log[2]["top1"] * 30 / 100))
-    assert watched.net.call_count == watched.bar.call_count == 9 and workers(watched) == {0}
+    assert watched.net.call_count == watched.bar.call_count == 9 and watched.workers == {0}
     assert best["blocks.11.norm1.weight"].shape == (192,) and best["pos_embed"].shape[1] == 17
     assert best["patch_embed.proj.weight"].shape == (192, 3, 12, 12)
 
@@ -2460,26 +2289,13 @@ def test_fine_tuning_starts_from_the_teacher_at_another_size(unbroken, tmp_path)
     """And with 2 heads, not 4. A learning rate of 0 leaves the weights as they were loaded."""
     flags = ["--teacher", "--img_size", 48, "--num_heads", 2, "--lr", 0, "--epochs", 1]
     call(finetune, *TUNE, "--init", unbroken / "checkpoint.pt", *flags, "--out", tmp_path)
-    pretrained = load_model_state(unbroken / "checkpoint.pt")
+    pretrained = load_weights(unbroken / "checkpoint.pt")
     best = load_vit(tmp_path / "best.pt")
     for key, x in best.state_dict().items():
         if key.startswith(("blocks", "cls_token", "patch_embed")):
             assert torch.equal(x, pretrained[f"teacher.{key}"]), key
     positions = resize_positions(pretrained["teacher.pos_embed"], (4, 4), (6, 6))
     assert torch.equal(best.pos_embed, positions) and best.blocks[0].attn.num_heads == 2
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Oblong images, 4 of each of 12 classes, to train and others to validate; one is broken."""
-    root = tmp_path_factory.mktemp("photos")
-    for name, start in ("train", 0), ("val", 480):
-        shapes = data.Shapes(48, 48, start=start)
-        for index in range(48):
-            image = shapes.open(index).resize((60, 40))
-            save_at(root / name / f"{index % 12:02}" / f"{index:02}.png", image)
-        (root / name / "03" / "broken.png").write_text("no image")
-    return root
 
 
 def plain_middles(folder, size, ratio):
@@ -2527,7 +2343,7 @@ def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys, k
             votes[known_labels[nearest]] += math.exp(cosines[nearest] / 0.07)
         scores.append(votes - 1e-6 * torch.arange(12))  # of equal votes, the first class's counts
     top1, top5 = plain_accuracy(torch.stack(scores), labels)
-    assert said["images"] == 48 and said["top1"] == pytest.approx(top1) and 0 < top1 < 100
+    assert said["images"] == 36 and said["top1"] == pytest.approx(top1) and 0 < top1 < 100
     assert top1 < top5
 
 
@@ -2539,7 +2355,7 @@ def test_evaluation_at_another_size_and_crop(photos, tmp_path, capsys):
     call(finetune, *flags, "--workers", 0, "--eval", "--img_size", 48, "--crop_ratio", 0.5)
     out, err = capsys.readouterr()
     said = json.loads(out.splitlines()[-1])
-    assert said["images"] == 48 and err.count("broken.png") == 1
+    assert said["images"] == 36 and err.count("broken.png") == 1
     images, labels = plain_middles(photos / "val", 48, 0.5)
     with torch.no_grad():
         scores = load_vit(tmp_path / "best.pt", img_size=48)(images)
@@ -2551,34 +2367,32 @@ def test_evaluation_at_another_size_and_crop(photos, tmp_path, capsys):
 def test_precision_of_activations_losses_and_weights(
         unbroken, photos, tmp_path, monkeypatch, amp, dtype):
     """The teacher is used without gradients, and also for pictures, which may be in float32."""
-    seen, cross_entropy = set(), F.cross_entropy
+    seen, linear, cross_entropy = set(), torch.nn.Linear.forward, F.cross_entropy
 
-    def look(module, inputs, output):
-        if isinstance(module, torch.nn.Linear):
-            seen.add(("trains" if output.requires_grad else "evaluates", output.dtype))
+    def look(layer, x):
+        x = linear(layer, x)
+        seen.add(("trains" if x.requires_grad else "evaluates", x.dtype))
+        return x
 
     def look_and_compare(logits, targets):
         loss = cross_entropy(logits, targets)
         seen.add(("loss", loss.dtype))
         return loss
 
+    monkeypatch.setattr(torch.nn.Linear, "forward", look)
     monkeypatch.setattr(F, "cross_entropy", look_and_compare)
-    hook = torch.nn.modules.module.register_module_forward_hook(look)
-    try:
-        call(train, *TRAIN, "--amp", amp, "--num_images", 8, "--epochs", 1, "--out", tmp_path / "a")
-        expected = {("trains", dtype), ("evaluates", dtype)}
-        assert seen | {("evaluates", torch.float32)} == expected | {("evaluates", torch.float32)}
+    call(train, *TRAIN, "--amp", amp, "--num_images", 8, "--epochs", 1, "--out", tmp_path / "a")
+    expected = {("trains", dtype), ("evaluates", dtype)}
+    assert seen | {("evaluates", torch.float32)} == expected | {("evaluates", torch.float32)}
+    seen.clear()
+    flags = [*TUNE, "--amp", amp, "--epochs", 1, "--labels_per_class", 2, "--num_val", 12]
+    call(finetune, *flags, "--init", unbroken / "encoder.pt", "--out", tmp_path / "b")
+    assert seen == expected | {("loss", torch.float32)}
+    flags += ["--init", tmp_path / "b" / "best.pt", "--out", tmp_path / "c"]
+    for mode in ["--knn"], ["--eval"], ["--predict", photos / "val" / "a"]:
         seen.clear()
-        flags = [*TUNE, "--amp", amp, "--epochs", 1, "--labels_per_class", 2, "--num_val", 12]
-        call(finetune, *flags, "--init", unbroken / "encoder.pt", "--out", tmp_path / "b")
-        assert seen == expected | {("loss", torch.float32)}
-        for mode in ["--knn"], ["--eval"], ["--predict", photos / "val" / "00"]:
-            seen.clear()
-            call(finetune, *flags, "--init", tmp_path / "b" / "best.pt", "--out", tmp_path / "c",
-                 *mode)
-            assert seen == {("evaluates", dtype)}, mode
-    finally:
-        hook.remove()
+        call(finetune, *flags, *mode)
+        assert seen == {("evaluates", dtype)}, mode
     for out in tmp_path / "a", tmp_path / "b":
         assert {x.dtype for x in load(out / "checkpoint.pt")["model"].values()} == {torch.float32}
 
@@ -2593,36 +2407,31 @@ def test_attention_in_bf16_is_nearly_that_in_float32():
 
 
 def test_psnr_and_picture_of_known_predictions(tmp_path, monkeypatch):
-    """Half of the target: a patch's true mean and half of the way to its true pixels."""
-    forward, shown = BootMAE.forward, []
+    """They are half of the target: half of the way from a patch's mean to its pixels."""
+    forward, errors = BootMAE.forward, []
 
     def know(model, images, mask):
-        out = forward(model, images, mask)
-        if model.training:
-            return out
-        patches = patchify(images, 8)
-        truth = patches[mask].view(len(images), -1, 3, 64)
+        truth = patchify(images, 8)[mask].view(len(images), -1, 3, 64)
         mean, variance = truth.mean(3, keepdim=True), truth.var(3, correction=0, keepdim=True)
-        for part in 0, 0.5, 1:  # no prediction, prediction, original
-            filled = patches.clone()
-            filled[mask] = (mean + part * (truth - mean)).view(-1, 192)
-            shown.append(unpatchify(filled, 8, (4, 4)))
-        shown.append(((truth - mean) / 2).square().mean().item())
-        return out._replace(pixels=0.5 * ((truth - mean) / (variance + 1e-5).sqrt()).flatten(2))
+        half = 0.5 * (truth - mean) / (variance + 1e-5).sqrt()
+        return forward(model, images, mask)._replace(pixels=half.flatten(2))
 
     monkeypatch.setattr(BootMAE, "forward", know)
     call(train, *TRAIN, "--epochs", 1, "--out", tmp_path)
-    nothing, half, original, error = shown
+    picture = np.asarray(Image.open(tmp_path / "epoch_0001.png"), dtype=float)
+    for row, column in np.ndindex(4, 2):  # of two images a row, a pixel of which is 4 x 4
+        tiles = picture[132 * row + 24 :: 4, 5 * 132 * column :: 4]
+        original, _, nothing, half = (tiles[:32, 33 * place :][:, :32] for place in range(4))
+        assert np.abs(half - (original + nothing) / 2).max() <= 1
+        for y, x in itertools.product(range(0, 32, 8), repeat=2):
+            truth, mean = (image[y : y + 8, x : x + 8] for image in (original, nothing))
+            if (truth != mean).any():  # a masked patch
+                assert np.abs(mean - truth.mean(axis=(0, 1))).max() <= 1
+                errors.append(((truth - mean) / 255) ** 2)
+    assert len(errors) == 8 * 10
     line = read_log(tmp_path)[0]
-    assert line["psnr_nothing"] == pytest.approx(-10 * math.log10(error), abs=1e-3)
-    assert line["psnr"] == pytest.approx(-10 * math.log10(error / 4), abs=1e-3)
-    picture = Image.open(tmp_path / "epoch_0001.png")
-    columns = (0, original), (2, nothing), (3, half)
-    for number, (place, images) in itertools.product((0, 5), columns):
-        x, y = (number % 2 * 5 + place) * 132, number // 2 * 132 + 24  # two images a row
-        tile = picture.crop((x, y, x + 128, y + 128)).resize((32, 32), Image.Resampling.NEAREST)
-        expected = ((images[number] + 1) * 127.5).permute(1, 2, 0)
-        assert np.abs(np.asarray(tile) - expected.numpy()).max() <= 1
+    assert line["psnr_nothing"] == pytest.approx(-10 * math.log10(np.mean(errors)), abs=0.05)
+    assert line["psnr"] == pytest.approx(line["psnr_nothing"] + 10 * math.log10(4), abs=1e-3)
 
 
 def test_curves_follow_the_log(unbroken):
@@ -2649,7 +2458,7 @@ def test_accuracies_and_tiles_are_those_of_a_plain_computation(tuned):
     last = checkpoint["log"][-1]
     assert found == pytest.approx([last[n] for n in ("top1", "top5", "top1_ema", "top5_ema")])
     assert found[:2] != found[2:]
-    model.load_state_dict(load_model_state(tuned / "best.pt"))
+    model.load_state_dict(load_weights(tuned / "best.pt"))
     right = (model(images).argmax(dim=1).numpy() == shapes.labels).tolist()
     picture, order = Image.open(tuned / "predictions.png"), random.Random(0).sample(range(60), 60)
     for place, index in enumerate(order[:32]):
@@ -2686,33 +2495,31 @@ def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatc
 
 def test_each_setting_that_must_match_is_refused(unbroken, tuned, tmp_path, capsys):
     """Also other weights in the file of --init, and other images."""
-    start, weights = ["--init", unbroken / "encoder.pt"], load(unbroken / "encoder.pt")
+    weights, start = load(unbroken / "encoder.pt"), ["--init", unbroken / "encoder.pt"]
     torch.save(weights | {"cls_token": 2 * weights["cls_token"]}, tmp_path / "encoder.pt")
-    calls = [[train, *TRAIN, "--out", unbroken, *flags.split()] for flags in (
+    pretrain = [train, *TRAIN, "--out", unbroken]
+    tune = [finetune, *TUNE, *AUGMENTED, "--out", tuned]
+    calls = [[*pretrain, *flags.split()] for flags in (
         "--seed 1", "--num_images 24", "--model tiny", "--img_size 64", "--patch_size 4",
         "--decoder_dim 32", "--decoder_depth 2", "--mask block", "--mask_ratio 0.5",
         "--feature_target 0", "--weighted_loss 0")]
-    calls += [[train, *TRAIN, "--out", unbroken, *flags] for flags in (
-        start, ["--data", shapes_folder(tmp_path / "images", 48)])]
-    calls += [[finetune, *TUNE, *AUGMENTED, "--out", tuned, *flags] for flags in (
-        [*start, "--seed", 1], [*start, "--img_size", 64], [*start, "--labels_per_class", 3],
-        ["--scratch"], ["--init", unbroken / "checkpoint.pt", "--teacher"],
-        ["--init", tmp_path / "encoder.pt"])]
+    calls += [[*pretrain, *start], [*pretrain, "--data", shapes_folder(tmp_path / "images", 48)]]
+    calls += [[*tune, *start, *flags.split()] for flags in (
+        "--seed 1", "--img_size 64", "--labels_per_class 3")]
+    calls += [[*tune, "--init", unbroken / "checkpoint.pt", "--teacher"], [*tune, "--scratch"],
+              [*tune, "--init", tmp_path / "encoder.pt"]]
     linear = [finetune, *TUNE, *start, "--out", tmp_path, "--epochs", 1, "--linear", "--depth"]
     call(*linear, 2)
     for module, *flags in [*calls, [*linear, 3]]:
         assert "was trained with" in refused(capsys, module, *flags), flags
-    flags = [*TRAIN, "--out", unbroken, "--batch_size", 4, "--inject", 0, 0]
     words = "trained with --inject (1, -1) (now (0, 0)), --batch_size 8 (now 4): give the same"
-    assert words in refused(capsys, train, *flags)
-    call(*linear, 2)
-    assert "this run is finished" in capsys.readouterr().out
+    assert words in refused(capsys, *pretrain, "--batch_size", 4, "--inject", 0, 0)
 
 
 @pytest.mark.parametrize("module", [train, finetune])
 def test_batches_travel_as_bytes_and_nothing_waits_for_them(tmp_path, monkeypatch, module):
     """A mask is checked where the loader leaves it, which is on the CPU."""
-    move, moved, checked = torch.Tensor.to, [], []
+    move, split, moved, checked = torch.Tensor.to, BootMAE.split, [], []
 
     def watch_to(x, *args, **options):
         if args and isinstance(args[0], torch.device) and not x.is_floating_point():
@@ -2720,17 +2527,14 @@ def test_batches_travel_as_bytes_and_nothing_waits_for_them(tmp_path, monkeypatc
             assert options.get("non_blocking")
         return move(x, *args, **options)
 
-    def watch_mask(network, inputs):
-        if isinstance(network, BootMAE):
-            checked.append(all(inputs[1] is not x for x in moved))
+    def watch_split(model, images, mask):
+        checked.append(all(mask is not x for x in moved))
+        return split(model, images, mask)
 
     monkeypatch.setattr(torch.Tensor, "to", watch_to)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(watch_mask)
-    try:
-        call(module, *(TRAIN if module is train else ["--scratch", *TUNE]), "--epochs", 1,
-             "--out", tmp_path)
-    finally:
-        hook.remove()
+    monkeypatch.setattr(BootMAE, "split", watch_split)
+    flags = TRAIN if module is train else ["--scratch", *TUNE]
+    call(module, *flags, "--epochs", 1, "--out", tmp_path)
     images = [x for x in moved if x.ndim == 4 and len(x) == 8]
     assert len(images) >= 6 and {x.dtype for x in images} == {torch.uint8}
     assert all(checked) and len(checked) == (7 if module is train else 0)
@@ -2774,7 +2578,7 @@ def start_two(out, each_step, *options):
 
         train.Meter.add = add_and_more
         train.launch(train.main, train.parse_args())""")
-    return launch(*options, out / "start.py", *TRAIN, "--out", out / "run", processes=2)
+    return launch(*TORCHRUN, *options, out / "start.py", *TRAIN, "--out", out / "run")
 
 
 def test_two_processes_save_at_a_signal_and_start_again_after_a_death(unbroken, tmp_path):
@@ -2790,7 +2594,9 @@ def test_two_processes_save_at_a_signal_and_start_again_after_a_death(unbroken, 
     assert 6 <= load(tmp_path / "run" / "checkpoint.pt")["step"] <= 9
     first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     die = f"if step == 6 and {first}: os.kill(os.getpid(), 9 * run.rank)"
-    said = finish(start_two(tmp_path, die, "--max_restarts=1"))
+    process = start_two(tmp_path, die, "--max_restarts=1")
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert said.count("going on from") == 2
     assert_nearly_same_run(tmp_path / "run", unbroken)
 
@@ -2828,14 +2634,9 @@ def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch):
     (finetune, ["--scratch", *TUNE, *AUGMENTED, "--seed", 2**40, "--amp", "fp16"], [5, 8, 17]),
 ], ids=["save_every 2", "train", "finetune"])
 def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, steps):
-    """At the end of an epoch, within one, and at the very end, when best.pt must be there.
-
-    In fp16, the scale of the loss begins so high that gradients overflow, and is halved with each
-    step that is skipped.
-    """
-    init, scale = torch.amp.GradScaler.__init__, 2.0**24
-    monkeypatch.setattr(torch.amp.GradScaler, "__init__", functools.partialmethod(
-        lambda scaler, *args, **options: init(scaler, *args, init_scale=scale, **options)))
+    """At the end of an epoch, within one, and at the very end, when best.pt must be there."""
+    init = functools.partialmethod(torch.amp.GradScaler.__init__, init_scale=2.0**24)
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__", init)  # first steps in fp16 overflow
     call(module, *flags, "--out", tmp_path / "unbroken")
     flags = [*flags, "--out", tmp_path / "stopped"]
     stop_at(monkeypatch, *steps)
@@ -2847,25 +2648,22 @@ def test_stops_repeat_nothing(tmp_path, capsys, monkeypatch, module, flags, step
     assert "finished" in capsys.readouterr().out
     state, log = result(tmp_path / "stopped")
     assert_same((state, log), result(tmp_path / "unbroken"))
-    assert "fp16" not in flags or 2 < state["scaler"]["scale"] < scale
+    assert "fp16" not in flags or 2 < state["scaler"]["scale"] < 2**24
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "encoder.pt", "checkpoint.pt"])
-def test_a_kill_before_any_file_of_the_last_epoch(unbroken, tmp_path, capsys, monkeypatch, name):
-    """checkpoint.pt is the last to be written, so a resumed run writes all that were missed."""
-    flags, replace = [*TRAIN, "--out", tmp_path], os.replace
+def test_a_kill_before_the_last_checkpoint(unbroken, tmp_path, capsys, monkeypatch):
+    """The log has a line of the third epoch by then, which the run that goes on must lose."""
+    flags, save = [*TRAIN, "--out", tmp_path], train.Run.save_checkpoint
 
-    def replace_or_die(source, target):
-        if target.endswith(name) and (tmp_path / "epoch_0003.png").exists():
+    def save_or_die(run, saved, step):
+        if step == 18:
             raise KeyboardInterrupt
-        replace(source, target)
+        save(run, saved, step)
 
-    monkeypatch.setattr(os, "replace", replace_or_die)
-    with pytest.raises(KeyboardInterrupt):
+    with patch.object(train.Run, "save_checkpoint", save_or_die), pytest.raises(KeyboardInterrupt):
         call(train, *flags)
-    monkeypatch.undo()
-    assert load(tmp_path / "checkpoint.pt")["step"] == 12
-    stop_at(monkeypatch, 0)  # soon after the resumption: by then log.jsonl has lost its third line
+    assert len(read_log(tmp_path)) == 3
+    stop_at(monkeypatch, 0)  # soon after the resumption
     refused(capsys, train, *flags, code=128 + signal.SIGTERM)
     assert len(read_log(tmp_path)) == 2
     call(train, *flags)
