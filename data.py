@@ -250,7 +250,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def scale_pixels(images: Tensor) -> Tensor:
-    """uint8 0 .. 255 to float32 -1 .. 1; after the transfer, a quarter of the bytes to move."""
+    """uint8 0 .. 255 to float32 -1 .. 1. Call it on the device: uint8 is a quarter to move."""
     return images.float().div_(127.5).sub_(1)
 
 

@@ -100,10 +100,9 @@ def main(args: argparse.Namespace) -> None:
         saved["average"] = copy.deepcopy(model).requires_grad_(False)
     average = saved.get("average")
 
-    images = f"{source.fingerprint} to train, {held_out.fingerprint} to validate"
-    start = run.start(saved, total_steps, images)
-    # The processes' BatchNorm statistics are kept alike by taking those of rank 0.
-    network = run.wrap(model, broadcast_buffers=args.mode == "linear")
+    fingerprint = f"{source.fingerprint} to train, {held_out.fingerprint} to validate"
+    start = run.start(saved, total_steps, fingerprint)
+    network = run.wrap(model)  # in DDP, all take rank 0's statistics of the probe's BatchNorm
     batches = run.batches(samples, start)
 
     model.train()
@@ -339,11 +338,25 @@ class LARS(torch.optim.Optimizer):
 
 def classify_by_neighbours(model: Features, known: data.Samples, val: data.Samples,
                            run: train.Run) -> dict[str, float]:
-    """`accuracy` of k-NN. Each process classifies its share of the validation images."""
-    features, labels = extract(model, known, run)                             # (n, D), (n,)
-    mine = [x[run.rank :: run.world_size] for x in extract(model, val, run)]
+    """`accuracy` of a vote of the k nearest training images, each worth exp(cosine / 0.07).
+
+    Features are first standardised with the training images' mean and deviation, as by the probe's
+    BatchNorm. Each process takes its share of the validation images, on its device: ImageNet needs
+    64 billion dot products.
+    """
     num_classes, k = len(known.source.classes), run.args.neighbours
-    return accuracy(knn(features, labels, *mine, num_classes, k, run.device), val, run)
+    known, known_labels = (x.to(run.device) for x in extract(model, known, run))     # (n, D), (n,)
+    asked, labels = (x[run.rank :: run.world_size].to(run.device)
+                     for x in extract(model, val, run))
+    std, mean = torch.std_mean(known, dim=0)
+    known, asked = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (known, asked))
+    counts = torch.zeros(3, dtype=torch.int64, device=run.device)
+    for some, wanted in zip(asked.split(128), labels.split(128)):
+        similarity, nearest = (some @ known.T).topk(min(k, len(known)), dim=1)       # (b, k) each
+        votes = torch.zeros(len(some), num_classes, device=run.device)               # (b, classes)
+        votes.scatter_add_(1, known_labels[nearest], (similarity / 0.07).exp())
+        counts += count_correct(votes, wanted)
+    return accuracy(counts, val, run)
 
 
 def extract(model: nn.Module, samples: data.Samples, run: train.Run) -> tuple[Tensor, Tensor]:
@@ -356,28 +369,6 @@ def extract(model: nn.Module, samples: data.Samples, run: train.Run) -> tuple[Te
     return outputs, labels
 
 
-def knn(
-    known: Tensor, known_labels: Tensor, asked: Tensor, labels: Tensor, num_classes: int, k: int,
-    device: torch.device,
-) -> Tensor:
-    """`count_correct` of a vote of the k nearest training images, each worth exp(cosine / 0.07).
-
-    Features (n, D) are first standardised with the training images' mean and deviation, as by the
-    probe's BatchNorm. All tensors are moved to `device`: ImageNet takes 64 billion dot products.
-    """
-    known, known_labels, asked, labels = (
-        x.to(device) for x in (known, known_labels, asked, labels))
-    std, mean = torch.std_mean(known, dim=0)
-    known, asked = (F.normalize((x - mean) / (std + 1e-6), dim=1) for x in (known, asked))
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
-    for some, wanted in zip(asked.split(128), labels.split(128)):
-        similarity, nearest = (some @ known.T).topk(min(k, len(known)), dim=1)       # (b, k) each
-        votes = torch.zeros(len(some), num_classes, device=device)                   # (b, classes)
-        votes.scatter_add_(1, known_labels[nearest], (similarity / 0.07).exp())
-        counts += count_correct(votes, wanted)
-    return counts
-
-
 # --------------------------------------------------------------------------------------------------
 # Prediction, and features for other programs
 
@@ -386,7 +377,7 @@ def describe_folder(run: train.Run) -> None:
     """Run a network over all images in a folder.
 
     --predict writes predictions.csv and a picture of some of them. --features writes features.npz
-    with `features`, float32 (n, D), as k-NN takes them, and `files`, their n relative paths.
+    with `features`, float32 (n, D), each standardised, and `files`, their n relative paths.
     """
     args = run.args
     folder = args.predict or args.features
@@ -419,7 +410,8 @@ def describe_folder(run: train.Run) -> None:
     tiles = []
     for n in sorted(random.Random(0).sample(range(len(files)), min(32, len(files)))):
         view, = eval_view(source.open(indices[n]), None, args)
-        tiles.append((view, [caption(*answers[n][0]), os.path.basename(files[n])], "black"))
+        name, value = answers[n][0]
+        tiles.append((view, [f"{value:.0%} {name}", os.path.basename(files[n])], "black"))
     run.save_picture(contact_sheet(tiles), "predictions.png")
     run.print(f"{len(files)} of {len(source)} images classified; {args.out} holds predictions.csv "
               "and predictions.png")
@@ -438,16 +430,11 @@ def draw_predictions(model: nn.Module, samples: data.Samples, run: train.Run) ->
     model.train()
     tiles = []
     for image, label, value, answer in zip(images, labels, values.tolist(), answers.tolist()):
-        lines = [caption(classes[answer], value)]
+        lines = [f"{value:.0%} {classes[answer]}"]
         if answer != label:
             lines.append(f"is {classes[label]}")
         tiles.append((image, lines, "green" if answer == label else "red"))
     return contact_sheet(tiles)
-
-
-def caption(name: str, value: float) -> str:
-    """A class and its probability, short enough for a tile: a long name loses its end."""
-    return f"{name if len(name) <= 14 else name[:12] + '..'} {100 * value:.0f} %"
 
 
 def contact_sheet(tiles: list[tuple[Tensor, list[str], str]]) -> Image.Image:
@@ -537,7 +524,7 @@ def build_model(run: train.Run, num_classes: int | None = None) -> nn.Module:
     elif os.path.exists(args.init):
         model = load_vit(args.init, args.img_size, new_head, drop_path, args.teacher,
                          args.num_heads, args.init_pixels, run.print)
-    elif run.resumes:  # the checkpoint has all of its weights
+    elif run.resumes and args.mode in ("finetune", "linear"):  # the checkpoint has all weights
         model = ViT(**read_file(run.checkpoint)["settings"]["sizes"], num_classes=new_head,
                     drop_path=drop_path)
     else:
@@ -625,8 +612,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     modes = "linear", "knn", "eval", "predict", "features"
     args.mode = next((mode for mode in modes if given[mode]), "finetune")
-    if "base_lr" in given:
-        args.lr = 0.0
+    if "lr" in given or "base_lr" in given:  # not the recipe's kind of rate beside it
+        args.lr, args.base_lr = given.get("lr", 0.0), given.get("base_lr", 0.0)
     if args.scratch and (args.teacher or args.mode in ("eval", "predict", "features")):
         train.fail("--scratch starts from random weights: leave out --teacher, --eval, --predict "
                    "and --features")
@@ -643,10 +630,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         train.fail(f"--depth {args.depth}: only --linear, --knn and --features cut the encoder")
     if args.mode == "linear" and args.model_ema:
         train.fail("--model_ema: a linear probe has no moving average; leave it out")
-    if args.mode in ("predict", "features"):  # beside the classifier's own folder
-        args.out = args.out or f"{os.path.dirname(os.path.abspath(args.init))}_{args.mode}"
-    name = f"{args.recipe}_{args.mode}{'_scratch' if args.scratch else ''}"
-    args.out = args.out or os.path.join("output", name)
+    name = args.recipe + ("_scratch" if args.scratch else "")
+    if args.mode in ("predict", "features"):  # named after the folder of --init
+        name = os.path.basename(os.path.dirname(os.path.abspath(args.init)))
+    args.out = args.out or os.path.join("output", f"{name}_{args.mode}")
     return args
 
 

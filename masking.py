@@ -27,7 +27,7 @@ def block_mask(
     cover: float = 120 / 196, min_area: float = 16 / 196, max_area: float = 60 / 196,
     min_aspect: float = 0.3,
 ) -> Tensor:
-    """Mask rectangles until `cover` of the grid is masked, then random patches up to `num_masked`.
+    """Mask rectangles up to `cover` of the grid, then random patches up to `num_masked`.
 
     The default fractions are the published recipe's 120, 16 and 60 of 14 x 14 patches. Height /
     width is log-uniform from `min_aspect` to 1 / `min_aspect`. A rectangle that would overshoot

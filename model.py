@@ -669,45 +669,6 @@ def _fold_imagenet(proj: nn.Conv2d) -> None:
     proj.weight.copy_(0.5 * weight / std)
 
 
-def from_official(checkpoint: dict) -> dict[str, Tensor]:
-    """Turn a checkpoint of the authors' code, or its weights alone, into our state_dict.
-
-    Their code is github LightDXY/BootMAE. A pretraining checkpoint gives one for `BootMAE` (the
-    teacher is 'model_ema', where there is one), a fine-tuned one for a `ViT` with a head.
-    Raises ValueError naming a key that belongs to neither.
-    """
-    # DeepSpeed stores the weights under 'module'.
-    theirs = _merge_biases(checkpoint.get("model") or checkpoint.get("module") or checkpoint)
-    if "head.weight" in theirs:
-        return theirs
-    average = _merge_biases(checkpoint.get("model_ema") or theirs)
-
-    encoder = "patch_embed", "cls_token", "pos_embed", "blocks", "norm"
-    decoder = dict(mask_token="mask_token", down="embed", decode_blocks="blocks",
-                   decode_norm="norm", lm_head="head")
-    parts = {part: f"encoder.{part}" for part in encoder} | {"de_pos_embed": "regressor.pos_embed"}
-    parts |= {part: f"regressor.{name}" for part, name in decoder.items()}
-    parts |= {f"{part}_1": f"predictor.{name}" for part, name in decoder.items()}
-    layers = dict(norm3="norm_query", norm4="norm_context", c_attn="cross_attn")
-    ours = {}
-    for key, value in theirs.items():
-        part, *rest = key.split(".")
-        if part not in parts:
-            raise ValueError(f"{key} is no key of an official BootMAE checkpoint")
-        name = ".".join([parts[part], *(layers.get(word, word) for word in rest)])
-        if part == "lm_head":  # a transposed convolution there, a linear map here
-            kernel = theirs["lm_head.proj.weight"]                     # (d, C, p, p)
-            value = (kernel.flatten(1).T.contiguous() if value is kernel  # (C*p*p, d)
-                     else value.repeat_interleave(kernel[0, 0].numel()))  # (C,) -> (C*p*p,)
-            name = name.replace(".proj.", ".")
-        ours[name] = value
-        if part in encoder:
-            ours[f"teacher.{key}"] = average[key]
-        if part == "pos_embed":
-            ours["predictor.pos_embed"] = value
-    return ours
-
-
 def _merge_biases(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace the authors' q_bias and v_bias by the bias of their Linear, in which k's is zero."""
     merged = dict(theirs)

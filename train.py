@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -88,7 +87,6 @@ def main(args: argparse.Namespace) -> None:
     # Each picture shows the same eight images, crops and masks.
     gallery = [samples[i] for i in random.Random(0).sample(range(len(source)), min(8, len(source)))]
 
-    model.train()
     for step in run.steps(start, total_steps):
         lr, feature_weight, momentum = schedules(step, total_steps, args)
         for group in optimizer.param_groups:
@@ -143,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
 
 def schedules(step: int, total_steps: int,
               args: argparse.Namespace) -> tuple[float, float, float]:
-    """Learning rate, weight of feature_loss (lambda) and teacher momentum of one step, from 0."""
+    """Learning rate, weight of feature_loss (lambda) and teacher momentum; steps count from 0."""
     progress, peak = step / total_steps, args.base_lr * args.batch_size / 256
     lr = cosine_lr(progress, args.warmup_epochs / args.epochs, peak, args.min_lr)
     # Lambda rises with each epoch, as in the authors' code; the others change with each step.
@@ -243,9 +241,7 @@ def draw_reconstructions(model: BootMAE, gallery: list[tuple],
     """
     images, masks, _ = torch.utils.data.default_collate(gallery)
     images = data.scale_pixels(images).to(run.device)                          # (B, 3, H, W)
-    model.eval()
     out = model(images, masks)
-    model.train()
 
     p, grid, masked = model.patch_size, model.grid, out.masked[:, :, None]     # (B, M, 1)
     patches = patchify(images, p)                                              # (B, N, 3*p*p)
@@ -344,8 +340,8 @@ def draw_curves(log: list[dict]) -> Image.Image:
 def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Run") -> None:
     """Time training steps on random images, and the loading of real ones; print where time goes.
 
-    Each time is the least of four, which are means of three calls after two to warm up. With
-    --accum_steps a "step" is one part of a batch and an update.
+    Each time is the least of four, which are means of three calls (thirty of loading) after two to
+    warm up. With --accum_steps a "step" is one part of a batch and an update.
     """
     args, threads = run.args, torch.get_num_threads()
     network = run.wrap(model)
@@ -466,11 +462,11 @@ def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     parser.error = lambda message: fail(message.removeprefix("argument "))  # in one line
     add = parser.add_argument
     add("--out", type=nonempty, help="folder for all that is written; without it, one in output/")
-    add("--fresh", action="store_true", help="start over: the old checkpoint and log in --out go")
+    add("--fresh", action="store_true", help="start over: old checkpoint, log and pictures go")
     add("--init_pixels", choices=("signed", "imagenet"), default="signed",
         help="--init: the file expects pixels of -1 .. 1, or scaled by ImageNet's mean and "
              "deviation (MAE, DeiT, DINO)")
-    add("--num_heads", type=integer(1), help="attention heads; without it, as in model.py's SIZES")
+    add("--num_heads", type=integer(1), help="attention heads; without it, the file's or SIZES'")
     add("--crop_scale", type=real(1e-6, 1), nargs=2, help="area of a random crop, least and most")
     add("--epochs", type=integer(1), help="length of the run")
     add("--warmup_epochs", type=real(0), help="of linear warm-up; not given: the recipe's share")
@@ -565,11 +561,11 @@ def one_line_errors():
         fail(str(error))
 
 
-# Settings that a resumed run may change; all others must match its checkpoint.
+# Settings that a resumed run may change; all others must match its checkpoint. Of data and init,
+# not the path is compared, but what it holds.
 MAY_CHANGE = set("""
     recipe data init out fresh workers device amp compile accum_steps save_every log_every
-    picture_every eval_every epochs warmup_epochs base_lr lr min_lr weight_decay betas
-    model_ema""".split())  # data and init: what they hold is compared, not the path
+    picture_every eval_every epochs warmup_epochs base_lr lr min_lr""".split())
 
 
 class Run:
@@ -614,9 +610,8 @@ class Run:
 
         self.workers = args.workers
         if args.workers is None:  # on a CPU the model needs the cores itself
-            affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-            cores = len(affinity(0)) if affinity else os.cpu_count()
-            self.workers = max(1, min(16, cores // local_size)) if cuda else 1
+            cores = len(os.sched_getaffinity(0)) if cuda else 1
+            self.workers = max(1, min(16, cores // local_size))
 
         if self.world_size > 1 and not dist.is_initialized():
             with one_line_errors():
@@ -731,13 +726,7 @@ class Run:
                 fail(f"{self.checkpoint} was trained with {', '.join(words)}: give the same, or "
                      "another --out, or --fresh")
             for name, part in saved.items():
-                if name == "average":  # one that is new starts as the model
-                    part.load_state_dict(checkpoint.get(name, checkpoint["model"]))
-                elif name == "optimizer":  # its moments; its settings are this call's
-                    settings = part.param_groups
-                    part.load_state_dict(checkpoint[name])
-                    part.param_groups = settings
-                elif state := checkpoint[name]:  # the scaler's is empty unless the run was in fp16
+                if state := checkpoint[name]:  # the scaler's is empty unless the run was in fp16
                     part.load_state_dict(state)
             self.log, step = checkpoint["log"], checkpoint["step"]
         except (KeyError, RuntimeError, ValueError):
@@ -746,14 +735,11 @@ class Run:
         self.print(f"going on from {self.checkpoint}")
         return step
 
-    def wrap(self, model: nn.Module, broadcast_buffers: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """`model` in DDP and torch.compile, if asked for; the wrapper shares its parameters."""
         if self.world_size > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
-                # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
-                model = nn.parallel.DistributedDataParallel(
-                    model, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True)
+            # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         return torch.compile(model) if self.args.compile else model
 
     def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
@@ -868,8 +854,6 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
             with contextlib.suppress(OSError):
                 os.remove(part)
-            if "DataLoader worker" in str(error):  # its signal came while the file was written
-                raise
             reason = error.__context__ or error
             fail(f"could not save {path} ({reason}); what was saved before is whole", code=1)
 
@@ -907,7 +891,7 @@ class Meter:
 
     def __init__(self, run: Run, *names: str):
         self.run, self.names = run, names
-        self.share = 1 / (run.world_size * run.args.accum_steps)  # of a step's images, in a part
+        self.share = 1 / (run.world_size * run.args.accum_steps)  # of a step, in a part of it
         self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
 
     def add(self, *losses: Tensor) -> None:
@@ -962,7 +946,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         code = end.code
         raise
     except KeyboardInterrupt:  # outside the loop
-        fail("interrupted by Ctrl-C", code=130)
+        code = 130
+        fail("interrupted by Ctrl-C", code)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         for words, cure in CURES.items():
