@@ -1913,6 +1913,8 @@ def test_moved_images_and_a_lost_start_are_not_missed(unbroken, tmp_path, capsys
     flags = [*TINY, *mode, "--batch_size", 4, "--init", start, "--out", tmp_path / "out", "--data"]
     call(module, *flags, folder, "--epochs", 1)
     start.unlink()
+    if not mode:  # k-NN would take random weights
+        assert "there is no" in refused(capsys, finetune, *flags, folder, "--knn")
     folder = folder.rename(tmp_path / "b")
     call(module, *flags, folder, "--epochs", 2)
     assert "going on from" in capsys.readouterr().out
@@ -2173,6 +2175,16 @@ SETTINGS = {  # the first two of each are published, the others are for short ru
         "shapes --linear": PROBE | SHAPES | SHORT_PROBE | dict(
             crop_scale=(0.6, 1), epochs=60, base_lr=160, warmup_epochs=5, labels_per_class=20)},
 }
+
+
+def test_rates_and_folders_are_not_the_recipes_where_flags_say_otherwise(monkeypatch, tmp_path):
+    for flags, rates in {"--lr 0": (0, 0), "--base_lr 3": (0, 3), "": (0, 160)}.items():
+        args = finetune.parse_args(["--linear", *flags.split()])
+        assert (args.lr, args.base_lr) == rates
+    monkeypatch.chdir(tmp_path)
+    for start, out in ("runs/x/best.pt", "x_predict"), ("mae.pth", f"{tmp_path.name}_predict"):
+        args = finetune.parse_args(["--predict", "photos", "--init", start])
+        assert args.out == os.path.join("output", out)
 
 
 @pytest.mark.parametrize("module", [train, finetune])
