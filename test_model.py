@@ -2140,7 +2140,7 @@ del PROBE["layer_decay"], PROBE["betas"]  # LARS has neither
 CIFAR10 = dict(model="small", img_size=32, patch_size=4, branch_init=0)
 PHOTOS = dict(model="tiny", img_size=96, patch_size=12, branch_init=0)
 SHAPES = dict(model="nano", img_size=64, patch_size=8, branch_init=0)
-SHORT = dict(decoder_dim=64, decoder_depth=1, mask="random", min_lr=0)
+SHORT = dict(decoder_dim=64, decoder_depth=1, mask="random", feature_ramp=1, min_lr=0)
 CIFAR10_TUNING = FINE_TUNING | CIFAR10 | dict(
     batch_size=512, lr=1e-3, warmup_epochs=5, layer_decay=0.75, model_ema=0.999,
     crop_scale=(0.4, 1), crop_ratio=1)
@@ -2158,8 +2158,8 @@ SETTINGS = {  # the first two of each are published, the others are for short ru
         "photos": PRETRAINING | PHOTOS | SHORT | dict(
             epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3),
         "shapes": PRETRAINING | SHAPES | SHORT | dict(
-            mask_ratio=0.6, crop_scale=(0.6, 1), feature_ramp=1, epochs=15, warmup_epochs=1,
-            batch_size=16, base_lr=16e-3)},
+            mask_ratio=0.6, crop_scale=(0.6, 1), epochs=15, warmup_epochs=1, batch_size=16,
+            base_lr=16e-3)},
     finetune: {
         "imagenet": FINE_TUNING,
         "imagenet_large": FINE_TUNING | dict(

@@ -52,14 +52,16 @@ RECIPES["imagenet_large"] = RECIPES["imagenet"] | dict(
 RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
     model="small", img_size=32, patch_size=4, branch_init=0.0, decoder_dim=192, epochs=300,
     warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0)
-# In a few thousand steps, residual branches must start small for twelve blocks to learn, and single
-# patches are easier to predict than large holes. One decoder block is as good as two, and faster.
+# In a few thousand steps, residual branches must start small for twelve blocks to learn, single
+# patches are easier to predict than large holes, and the teacher is worth imitating late. One
+# decoder block is as good as two, and faster.
 RECIPES["photos"] = RECIPES["imagenet"] | dict(
     model="tiny", img_size=96, patch_size=12, branch_init=0.0, decoder_dim=64, decoder_depth=1,
-    mask="random", epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3, min_lr=0.0)
+    mask="random", feature_ramp=1.0, epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3,
+    min_lr=0.0)
 RECIPES["shapes"] = RECIPES["photos"] | dict(
-    model="nano", img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=(0.6, 1.0),
-    feature_ramp=1.0, epochs=15, warmup_epochs=1, batch_size=16, base_lr=16e-3)
+    model="nano", img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=(0.6, 1.0), epochs=15,
+    warmup_epochs=1, batch_size=16, base_lr=16e-3)
 
 
 def main(args: argparse.Namespace) -> None:
