@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
 
     fingerprint = f"{source.fingerprint} to train, {held_out.fingerprint} to validate"
     start = run.start(saved, total_steps, fingerprint)
-    network = run.wrap(model)  # in DDP, all take rank 0's statistics of the probe's BatchNorm
+    # The processes' BatchNorm statistics are kept alike by taking those of rank 0.
+    network = run.wrap(model, broadcast_buffers=args.mode == "linear")
     batches = run.batches(samples, start)
 
     model.train()

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -737,11 +738,14 @@ class Run:
         self.print(f"going on from {self.checkpoint}")
         return step
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, broadcast_buffers: bool = False) -> nn.Module:
         """`model` in DDP and torch.compile, if asked for; the wrapper shares its parameters."""
         if self.world_size > 1:
-            # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
-            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
+                # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
+                model = nn.parallel.DistributedDataParallel(
+                    model, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True)
         return torch.compile(model) if self.args.compile else model
 
     def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
