@@ -1657,6 +1657,7 @@ def two_processes(unbroken, tuned, tmp_path_factory):
         def look(module, images, *others):
             if isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 seen["synced"].append(module.require_backward_grad_sync)
+                seen["buffers"].add(module.broadcast_buffers)
                 seen["seeds"].append(torch.initial_seed())
             elif isinstance(module, (BootMAE, ViT, finetune.LinearProbe)) and grad_enabled():
                 seen["images"] += len(images)
@@ -1667,10 +1668,11 @@ def two_processes(unbroken, tuned, tmp_path_factory):
             global seen
             all_seen = dict()
             for name, (script, *flags) in {calls}.items():
-                seen = all_seen[name] = dict(images=0, synced=[], seeds=[], statistics=[])
+                seen = all_seen[name] = dict(
+                    images=0, synced=[], seeds=[], buffers=set(), statistics=[])
                 if name == "apart":
                     with open({str(out)!r} + f"/seen{{rank}}.json", "w") as file:
-                        json.dump(all_seen, file)
+                        json.dump(all_seen, file, default=list)
                     flags[-1] += rank
                 module = dict(train=train, finetune=finetune)[script]
                 module.main(module.parse_args(flags))
@@ -1684,7 +1686,7 @@ def two_processes(unbroken, tuned, tmp_path_factory):
 
 
 def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_processes, tmp_path):
-    """Each has half of the images and noise of its own, and gradients travel once a step."""
+    """Each has half of the images and its own noise. Gradients travel once a step, buffers never."""
     assert_nearly_same_run(two_processes.out, unbroken)
     flags = ["--init", unbroken / "encoder.pt", "--epochs", 2, "--out", tmp_path]
     call(finetune, *TUNE, *flags)
@@ -1693,6 +1695,7 @@ def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_proces
     for name, steps in ("pretrain", 18), ("tune", 12):
         assert [rank[name]["images"] for rank in two_processes.seen] == [4 * steps] * 2
         assert zero[name]["synced"] == one[name]["synced"] == [False, True] * steps
+        assert zero[name]["buffers"] == [False]  # positions never change
     assert not set(zero["tune"]["seeds"]) & set(one["tune"]["seeds"])
 
 
