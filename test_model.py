@@ -1686,7 +1686,7 @@ def two_processes(unbroken, tuned, tmp_path_factory):
 
 
 def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_processes, tmp_path):
-    """Each has half of the images and its own noise. Gradients travel once a step, buffers never."""
+    """Each has half of the images and noise of its own, and gradients travel once a step."""
     assert_nearly_same_run(two_processes.out, unbroken)
     flags = ["--init", unbroken / "encoder.pt", "--epochs", 2, "--out", tmp_path]
     call(finetune, *TUNE, *flags)
