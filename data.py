@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL.ExifTags import Base as Tag  # of TIFF, too
 from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------
@@ -25,8 +26,8 @@ from torch import Tensor
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:12]
+def _digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 class ImageFolder:
@@ -43,8 +44,7 @@ class ImageFolder:
         self.root = os.fspath(root)
         paths = sorted(_walk(self.root))
         if not paths:
-            looked = f"looked for {' '.join(EXTENSIONS)} at any depth"
-            raise ValueError(f"no images found in {self.root!r} ({looked})")
+            raise ValueError(f"no images found in {self.root!r}: looked for {' '.join(EXTENSIONS)}")
         tops = [os.path.dirname(path).split(os.sep)[0] for path in paths]  # "" directly in `root`
         names = set(tops) - {""}
         self.classes = sorted(names) if classes is None else classes
@@ -56,11 +56,10 @@ class ImageFolder:
         # someone writes to it, and each str that is read has its reference count written.
         encoded = [os.fsencode(path) for path in paths]
         self.paths, self.ends = b"".join(encoded), np.cumsum([len(path) for path in encoded])
-        some = (self.name(index) for index in range(0, len(paths), 1 + len(paths) // 1000))
+        some = map(self.name, range(0, len(paths), 1 + len(paths) // 1000))
         sizes = [os.path.exists(path) and os.path.getsize(path) for path in some]
-        listing = b"\0".join([*encoded, str(sizes).encode(), *map(os.fsencode, self.classes)])
-        self.fingerprint = (
-            f"{len(paths)} images of {len(self.classes)} classes, {_digest(listing)}")
+        digest = _digest(paths, sizes, self.classes)
+        self.fingerprint = f"{len(paths)} images of {len(self.classes)} classes, {digest}"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,8 +96,7 @@ class Subset:
     def __init__(self, source, indices: list[int]):
         self.source, self.indices, self.classes = source, np.array(indices), source.classes
         self.labels = source.labels[self.indices]
-        digest = _digest(str(self.indices.tolist()).encode())
-        self.fingerprint = f"{len(indices)} of {source.fingerprint}, {digest}"
+        self.fingerprint = f"{len(indices)} of {source.fingerprint}, {_digest(indices)}"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,15 +111,6 @@ class Subset:
 # --------------------------------------------------------------------------------------------------
 # Views: any image to RGB, cropped and resized in one step
 
-# TIFF's tags: bits of each band; whether bands are in separate planes; what further bands are; and
-# whether numbers are signed, unsigned or float
-TIFF_BITS, TIFF_PLANES, TIFF_EXTRA_SAMPLES, TIFF_FORMAT = 258, 284, 338, 339
-TURN = Image.Transpose
-TURNS = {  # by EXIF's orientation; 1 is upright
-    2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-    6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90,
-}
-
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to 8-bit RGB. Transparent parts become white.
@@ -132,33 +121,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit colours. ValueError without a finite range, or if Pillow can't read such colours in full.
     A TIFF's fourth band is opacity only if the file says so.
     """
-    undeclared = image.format == "TIFF" and TIFF_EXTRA_SAMPLES not in image.tag_v2
+    undeclared = image.format == "TIFF" and Tag.ExtraSamples not in image.tag_v2
     pixels = _deep_pixels(image)
     if pixels is not None:
         stretched = _stretch(pixels)
         if image.mode == "RGBA":
             stretched.putalpha(image.getchannel("A"))
         image = stretched
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
     if image.has_transparency_data and not undeclared:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _deep_pixels(image: Image.Image) -> np.ndarray | None:
     """Pixels of more than 8 bits, as floats (H, W) or (H, W, 3); None of other images."""
     if image.mode.startswith(("I", "F")):
         pixels = np.asarray(image, dtype=np.float64)
-        unsigned = image.format == "TIFF" and image.tag_v2.get(TIFF_FORMAT, (1,)) == (1,)
+        unsigned = image.format == "TIFF" and image.tag_v2.get(Tag.SampleFormat, (1,)) == (1,)
         # Pillow reads unsigned numbers of 32 bits as signed ones
         return pixels % 2**32 if image.mode == "I" and unsigned else pixels
     if image.format not in ("PNG", "TIFF") or "RGB" not in image.mode or not image.filename:
         return None
 
-    if image.format == "TIFF" and image.tag_v2.get(TIFF_BITS, (8,))[0] == 16:
-        if image.tag_v2.get(TIFF_PLANES) == 2 or image.tag_v2.get(TIFF_EXTRA_SAMPLES) == (1,):
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    if tags.get(Tag.BitsPerSample, (8,))[0] == 16:
+        if tags.get(Tag.PlanarConfiguration) == 2 or tags.get(Tag.ExtraSamples) == (1,):
             raise ValueError("16-bit colours in separate planes, or multiplied by the opacity")
     # Pillow keeps the upper byte of 16-bit colours; in the other byte order, this is the lower one.
     tiles = image.tile or Image.open(image.filename).tile  # a decoded image has none left
@@ -184,16 +172,6 @@ def _stretch(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.round().astype(np.uint8))
 
 
-def _exif_turn(image: Image.Image) -> Image.Transpose | None:
-    """The turn that makes an image upright; None if EXIF asks for none, or makes no sense."""
-    if image.format == "TIFF":  # Pillow turns it when loading
-        return None
-    try:
-        return TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # a damaged tag; the pixels may be good
-        return None
-
-
 def crop_resize(
     image: Image.Image, box: tuple[float, float, float, float], size: int
 ) -> Image.Image:
@@ -210,8 +188,11 @@ def crop_resize(
         if drafted := image.draft(None, [math.ceil(side / scale) for side in image.size]):
             box = tuple(edge * drafted[1][2] / full_width for edge in box)
     view = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-    turn = _exif_turn(image)  # after `to_rgb`, because this may decode a PNG
-    return view if turn is None else view.transpose(turn)
+    view.info.clear()  # of EXIF, take only the orientation: other tags may be damaged
+    with contextlib.suppress(Exception):  # no EXIF, or one that makes no sense
+        view.getexif()[Tag.Orientation] = image.getexif()[Tag.Orientation]
+        view = ImageOps.exif_transpose(view)
+    return view
 
 
 def random_resized_crop(
@@ -272,8 +253,7 @@ RAND_AUGMENT = {
     "equalize": lambda im, m, s: ImageOps.equalize(im),
     "invert": lambda im, m, s: ImageOps.invert(im),
     "rotate": lambda im, m, s: im.rotate(30 * s, RESAMPLE, fillcolor=FILL),
-    # not ImageOps.posterize: new Pillow's raises for 0 bits, which m = 1 asks for (a black image)
-    "posterize": lambda im, m, s: im.point(lambda v: v & ~(255 >> 4 - int(4 * m))),
+    "posterize": lambda im, m, s: ImageOps.posterize(im, max(1, 4 - int(4 * m))),
     "solarize": lambda im, m, s: ImageOps.solarize(im, 256 - int(256 * m)),
     "solarize_add": lambda im, m, s: im.point(lambda v: v + int(110 * m) if v < 128 else v),
     "colour": lambda im, m, s: ImageEnhance.Color(im).enhance(1 + 0.9 * s),
@@ -287,33 +267,26 @@ RAND_AUGMENT = {
 }
 
 
-def rand_augment(
-    image: Image.Image, rng: random.Random, num_ops: int = 2, magnitude: float = 9,
-    magnitude_std: float = 0.5, probability: float = 0.5,
-) -> Image.Image:
+def rand_augment(image: Image.Image, rng: random.Random, magnitude: float = 9) -> Image.Image:
     """Distort an 8-bit RGB image by RandAugment (Cubuk et al. 2019, arXiv:1909.13719).
 
-    `num_ops` operations are drawn uniformly, with replacement. Each is applied with `probability`,
-    at a magnitude from a normal distribution clipped to 0 .. 10. The input stays as it is.
+    Two operations are drawn uniformly, with replacement. Each is applied with probability 1/2, at a
+    magnitude that varies normally by 0.5 within 0 .. 10. The input stays as it is.
     """
-    for _ in range(num_ops):
+    for _ in range(2):
         operation = rng.choice(list(RAND_AUGMENT.values()))
-        if rng.random() < probability:
-            m = min(max(rng.gauss(magnitude, magnitude_std), 0), 10) / 10
+        if rng.random() < 0.5:
+            m = min(max(rng.gauss(magnitude, 0.5), 0), 10) / 10
             image = operation(image, m, rng.choice((m, -m)))
     return image
 
 
-def random_erasing(
-    images: Tensor, rng: random.Random, probability: float = 0.25,
-    area: tuple[float, float] = (0.02, 1 / 3), aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> Tensor:
+def random_erasing(images: Tensor, rng: random.Random, probability: float = 0.25) -> Tensor:
     """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
 
-    Each image has one rectangle erased with `probability`: `area` is a uniform fraction of the
-    image, `aspect` (height / width) log-uniform, the place uniform. Comes after normalisation, so
-    that the noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by the
-    pixels as they were before any noise.
+    Its area is 2 to 33 % of the image, uniform, its height / width 0.3 to 1 / 0.3, log-uniform.
+    Comes after normalisation, so that the noise looks like the data, and before `mixup_cutmix`, so
+    that labels are mixed by the pixels as they were before any noise.
 
     Takes float (B, 3, H, W) on any device, without waiting for it; returns a copy. Rectangles come
     from `rng`, noise from torch's default generator.
@@ -321,15 +294,12 @@ def random_erasing(
     images = images.clone()
     H, W = images.shape[-2:]
     for image in images:
-        tries = 10 if rng.random() < probability else 0
-        for _ in range(tries):
-            pixels = H * W * rng.uniform(*area)
-            ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-            height, width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-            if height < H and width < W:
-                top, left = rng.randint(0, H - height), rng.randint(0, W - width)
-                image[:, top : top + height, left : left + width].normal_()
-                break
+        if rng.random() < probability:
+            area, aspect = H * W * rng.uniform(0.02, 1 / 3), 0.3 ** rng.uniform(-1, 1)
+            height = min(H, round(math.sqrt(area * aspect)))
+            width = min(W, round(math.sqrt(area / aspect)))
+            top, left = rng.randint(0, H - height), rng.randint(0, W - width)
+            image[:, top : top + height, left : left + width].normal_()
     return images
 
 
@@ -377,14 +347,7 @@ def seed_from(*parts) -> int:
 
 
 # Errors of one file; others, such as EIO or EMFILE, are of the system. Pillow's have no number.
-FILE_ERRORS = {
-    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.EINVAL,
-}
-
-
-class UnreadableImages(RuntimeError):
-    """Too many images can't be read."""
+FILE_ERRORS = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EINVAL}
 
 
 class Samples(torch.utils.data.Dataset):
@@ -395,8 +358,8 @@ class Samples(torch.utils.data.Dataset):
 
     A file that can't be read is named on stderr, once in each process, and replaced by another, the
     same one in every run; with replace=False by a grey image labelled -1, which evaluation leaves
-    out. Raises UnreadableImages if ten in a row can't be read. Errors of the memory or the disk are
-    raised as they are.
+    out. Raises OSError if ten in a row can't be read. Errors of the memory or the disk are raised
+    as they are.
     """
 
     def __init__(
@@ -429,12 +392,11 @@ class Samples(torch.utils.data.Dataset):
                 self.named.add(index)
                 instead = "another image takes its place" if self.replace else "it is left out"
                 with contextlib.suppress(OSError):  # stderr may be closed
-                    print(f"warning: can't read {unreadable}; {instead}", file=sys.stderr,
-                          flush=True)
+                    sys.stderr.write(f"warning: can't read {unreadable}; {instead}\n")
             if not self.replace:
                 return *self.transform(Image.new("RGB", (64, 64), "gray"), rng), -1
             index = rng.randrange(len(self))
-        raise UnreadableImages(f"ten images in a row can't be read, the last one {unreadable}")
+        raise OSError(f"ten images in a row can't be read, the last one {unreadable}")
 
 
 class Batches(torch.utils.data.Sampler):

@@ -23,22 +23,17 @@ def random_mask(
 
 
 def block_mask(
-    batch: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator | None = None,
-    cover: float = 120 / 196, min_area: float = 16 / 196, max_area: float = 60 / 196,
-    min_aspect: float = 0.3,
+    batch: int, grid: tuple[int, int], num_masked: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Mask rectangles up to `cover` of the grid, then random patches up to `num_masked`.
+    """Mask rectangles up to 120 / 196 of the grid, then random patches up to `num_masked`.
 
-    The default fractions are the published recipe's 120, 16 and 60 of 14 x 14 patches. Height /
-    width is log-uniform from `min_aspect` to 1 / `min_aspect`. A rectangle that would overshoot
-    `cover` is left out. Returns bool (batch, rows * columns).
-
-    Raises ValueError unless 0 <= num_masked <= rows * columns.
+    A rectangle has 16 to 60 of 14 x 14 patches, as published, or as large a share of another grid.
+    Its height / width is log-uniform from 0.3 to 1 / 0.3. One that would overshoot is left out.
+    Returns bool (batch, rows * columns). ValueError unless 0 <= num_masked <= rows * columns.
     """
     rows, columns = grid
-    num_patches = rows * columns
-    target = min(round(cover * num_patches), num_masked)
-    log_aspect = math.log(min_aspect)
+    unit = rows * columns / 196
+    target = min(round(120 * unit), num_masked)
     uniform = random.Random(int(torch.randint(2**62, (), generator=generator))).random
 
     masks = np.zeros((batch, rows, columns), dtype=bool)  # numpy: torch takes longer a call
@@ -46,8 +41,8 @@ def block_mask(
         masked = tries = 0
         while masked < target and tries < 1000:  # the last few patches may fit nowhere
             tries += 1
-            area = num_patches * (min_area + (max_area - min_area) * uniform())
-            aspect = math.exp(log_aspect * (2 * uniform() - 1))
+            area = unit * (16 + 44 * uniform())
+            aspect = 0.3 ** (2 * uniform() - 1)
             height = round(math.sqrt(area * aspect)) or 1
             width = round(math.sqrt(area / aspect)) or 1
             if height > rows or width > columns:

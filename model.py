@@ -60,8 +60,7 @@ def sincos_positions(embed_dim: int, grid: tuple[int, int]) -> Tensor:
     frequencies.
     """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, "
-                         "as the sin-cos positions need")
+        raise ValueError(f"embed_dim {embed_dim} is not divisible by 4, as sin-cos positions need")
     quarter = embed_dim // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)      # (D/4,)
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -540,12 +539,12 @@ def load_vit(
         # A head on the CLS token, or after another norm, is none on the normalised mean token.
         mean_head = "fc_norm.weight" in state and "norm.weight" not in state
         head = len(state.get("head.weight", ())) if mean_head else 0
+        classes = head if num_classes is None else num_classes
         grid = _find_grid(state["pos_embed"], img_size and patch_grid(img_size, patch_size))
         vit = ViT(img_size or tuple(n * patch_size for n in grid), patch_size, embed_dim, depth,
-                  num_heads, head if num_classes is None else num_classes, drop_path,
-                  in_chans=in_chans)
+                  num_heads, classes, drop_path, in_chans=in_chans)
         state["pos_embed"] = resize_positions(state["pos_embed"].float(), grid, vit.grid)
-        note = f"{_copy(state, vit, head)}; {num_heads} heads"
+        note = f"{_copy(state, vit, classes == head)}; {num_heads} heads"
         if grid != vit.grid:
             note += "; positions interpolated from {} x {} to {} x {}".format(*grid, *vit.grid)
         if pixels == "imagenet":
@@ -557,8 +556,8 @@ def load_vit(
         elif not signed:
             note += ("; taken to expect pixels of -1 .. 1 (if trained on ImageNet's mean and "
                      "deviation, as MAE: --init_pixels imagenet)")
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+    except (ValueError, RuntimeError) as error:  # a RuntimeError of load_state_dict has many lines
+        raise ValueError(f"{path} {' '.join(str(error).split())}") from error
     report(f"{path}: {note}")
     return vit.eval()
 
@@ -571,18 +570,11 @@ def read_file(path: str) -> dict:
             return load_file(path)
         # The authors' files hold their arguments, an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except OSError as error:
-        raise ValueError(f"can't read {path}: {error.strerror or error}") from error
-    except ImportError as error:
-        raise ValueError(f"can't read {path}: pip install safetensors, or give a .pth") from error
-    except Exception as error:  # both raise many kinds for a bad file
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=False))
+    except Exception as error:  # many kinds: of a missing or bad file, or one that holds code
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise ValueError(f"{path} is damaged or no plain file of tensors, "
-                         f"and was left as it is ({reason})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state_dict of a ViT")
-    return content
+        raise ValueError(f"can't read {path} as plain tensors, and left it as it is "
+                         f"({reason})") from error
 
 
 def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool]:
@@ -605,8 +597,14 @@ def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool
         state = {key.removeprefix(part): x for key, x in state.items() if key.startswith(part)}
     if teacher and not (state if pretraining else "model_ema" in found):
         raise ValueError("holds no teacher (no teacher.* and no model_ema): leave --teacher out")
-    theirs = any(key.endswith("attn.q_bias") for key in state)
-    state = _merge_biases(state)
+
+    # The authors' Linears of q, k and v have a bias for q and v only.
+    q_biases = [key for key in state if re.fullmatch(r"blocks\.\d+\.attn\.q_bias", key)
+                and key.replace("q_bias", "v_bias") in state]
+    for key in q_biases:
+        q_bias, v_bias = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        state[key.replace("q_bias", "qkv.bias")] = bias
 
     for key, x in state.items():
         if not PLAIN.fullmatch(key) and not LEFT_OUT.match(key):
@@ -617,7 +615,7 @@ def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool
                       "blocks.0.attn.qkv.weight": 2}.items():
         if key not in state or state[key].ndim != ndim:
             raise ValueError(f"fits no ViT: it has no {key} of {ndim} dimensions")
-    return state, pretraining or theirs or "classes" in content
+    return state, pretraining or bool(q_biases) or "classes" in content
 
 
 def _find_grid(positions: Tensor, wanted: tuple[int, int] | None) -> tuple[int, int]:
@@ -638,20 +636,15 @@ def _find_grid(positions: Tensor, wanted: tuple[int, int] | None) -> tuple[int, 
     return square[0] if square else wanted
 
 
-def _copy(state: dict[str, Tensor], vit: ViT, head: int) -> str:
-    """Copy what fits into `vit`, and say what. Only norms and head may be new. head: 0 skips it."""
+def _copy(state: dict[str, Tensor], vit: ViT, head: bool) -> str:
+    """Copy into `vit`, and say what. Only norms and head may be new, the latter unless `head`."""
     own = vit.state_dict()
-    loaded = {key: x for key, x in state.items() if key in own and own[key].shape == x.shape
-              and (head or not key.startswith("head."))}
-    left_out, new = state.keys() - loaded.keys(), own.keys() - loaded.keys()
-    for key in sorted(new):
-        if not key.startswith(("norm.", "fc_norm.", "head.")):
-            shape = tuple(state[key].shape) if key in state else "missing"
-            raise ValueError(f"fits no ViT: {key} is {shape}; a plain ViT of this width has "
-                             f"{tuple(own[key].shape)}")
-    vit.load_state_dict(loaded, strict=False)
+    new = {key for key in own if key.startswith("head.") and not head
+           or key.startswith(("norm.", "fc_norm.", "head.")) and key not in state}
+    loaded = {key: state[key] for key in state.keys() & own.keys() - new}
+    vit.load_state_dict(loaded | {key: own[key] for key in new})  # RuntimeError if one doesn't fit
     left_out, new = (", ".join(sorted({key.split(".")[0] for key in keys})) or "nothing"
-                     for keys in (left_out, new))
+                     for keys in (state.keys() - loaded.keys(), new))
     return f"{len(loaded)} tensors loaded; left out: {left_out}; new: {new}"
 
 
@@ -667,19 +660,3 @@ def _fold_imagenet(proj: nn.Conv2d) -> None:
     weight = proj.weight.double()                                         # (D, 3, p, p)
     proj.bias += (weight * (0.5 - mean) / std).sum(dim=(1, 2, 3))
     proj.weight.copy_(0.5 * weight / std)
-
-
-def _merge_biases(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the authors' q_bias and v_bias by the bias of their Linear, in which k's is zero."""
-    merged = dict(theirs)
-    for key in theirs:
-        attention = key.removesuffix("q_bias")
-        if key != attention and attention + "v_bias" in theirs:
-            q_bias, v_bias = merged.pop(key), merged.pop(attention + "v_bias")
-            zero = torch.zeros_like(v_bias)
-            if attention + "qkv.weight" in theirs:
-                merged[attention + "qkv.bias"] = torch.cat([q_bias, zero, v_bias])
-            else:
-                merged[attention + "q.bias"] = q_bias
-                merged[attention + "kv.bias"] = torch.cat([zero, v_bias])
-    return merged

@@ -549,7 +549,8 @@ def fail(message: str, code: int = 2, everywhere: bool = False):
     """
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+            # Not `print`, which writes the line break by itself, after another process's line.
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {message}\n")
     sys.exit(code)
 
 
@@ -959,9 +960,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         for words, cure in CURES.items():
             if words in text:
                 fail(cure, code=1, everywhere=words != "by peer")
-        if isinstance(error, (OSError, MemoryError, data.UnreadableImages)):
+        if isinstance(error, (OSError, MemoryError)):
             line = (str(error) or text).strip().splitlines()[-1]  # a worker's is the last of many
-            fail(line.removeprefix("data.UnreadableImages: "), code=1, everywhere=True)
+            fail(line.removeprefix("OSError: "), code=1, everywhere=True)
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             traceback.print_exc()
         raise SystemExit(code) from None
