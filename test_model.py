@@ -346,16 +346,16 @@ def test_pretraining_takes_the_steps_of_a_plain_loop(
     assert np.array(log) == pytest.approx(np.reshape(losses, (3, 2, 2)).mean(axis=1), rel=1e-6)
 
 
-@pytest.mark.parametrize("peak", ["--lr 0.01", "--base_lr 0.64"])
-def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path, peak):
+def test_fine_tuning_takes_the_steps_of_a_plain_loop(tmp_path):
     class_folders(tmp_path, train="a b c", val="a b c")
     files, model = sorted(tmp_path.glob("train/*/*")), small_vit(num_classes=3, drop_path=0.3)
     model.head.weight.data *= 1000  # as later in training: else hardly any gradient gets past it
     torch.save(model.state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --labels_per_class 0 --layer_decay 0.5 --drop_path 0.3 --mixup 0.4
-               --cutmix 2 --smoothing 0.2 --rand_augment 4 --erasing 0.5 --model_ema 0.6""".split()
+               --cutmix 2 --smoothing 0.2 --rand_augment 4 --erasing 0.5 --model_ema 0.6
+               --lr 0.01""".split()
     flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
-    call(finetune, *LOOP, *flags, *peak.split())
+    call(finetune, *LOOP, *flags)
 
     def scale(name):  # the embeddings are layer 0, the blocks 1 to 4, norm and head 5
         layer = 5 if name.startswith(("fc_norm", "head")) else 0
@@ -391,7 +391,7 @@ def test_the_probe_takes_the_steps_of_a_plain_loop(tmp_path):
     files = sorted(tmp_path.glob("train/*/*"))
     torch.save(small_vit().state_dict(), tmp_path / "start.pt")
     flags = """--recipe shapes --linear --labels_per_class 0 --depth 2 --drop_path 0.5
-               --smoothing 0.2 --base_lr 640""".split()  # so the peak is 10
+               --smoothing 0.2 --lr 10""".split()
     flags += ["--data", tmp_path, "--init", tmp_path / "start.pt", "--out", tmp_path]
     call(finetune, *LOOP, *flags)
 
@@ -465,8 +465,12 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("module", [train, finetune])
 def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch, module):
-    """Steps 2 to 5 of 6 are watched, but not loading and two checks that are made on the CPU."""
-    steps, watch = [], contextlib.ExitStack()
+    """Steps 2 to 5 of 6 are watched, but not loading and two checks that are made on the CPU.
+
+    In all of them batches travel as bytes, and a mask is checked where the loader leaves it.
+    """
+    steps, moved, watch, move = [], [], contextlib.ExitStack(), torch.Tensor.to
+    split = _disable_current_modes()(BootMAE.split)
 
     def stop_asked(run):
         steps.append(run)
@@ -476,13 +480,26 @@ def test_the_loop_waits_for_no_gpu_between_looks(unbroken, tmp_path, monkeypatch
             watch.close()
         return False
 
+    def watch_to(x, *args, **options):
+        if args and isinstance(args[0], torch.device) and not x.is_floating_point():
+            moved.append(x)
+            assert options.get("non_blocking")
+        return move(x, *args, **options)
+
+    def watch_split(model, images, mask):
+        assert all(mask is not x for x in moved)
+        return split(model, images, mask)
+
     monkeypatch.setattr(train.Run, "stop_asked", stop_asked)
-    for owner, name in (data.Samples, "__getitem__"), (BootMAE, "split"), (data.F, "one_hot"):
+    for owner, name in (data.Samples, "__getitem__"), (data.F, "one_hot"):
         monkeypatch.setattr(owner, name, _disable_current_modes()(getattr(owner, name)))
+    monkeypatch.setattr(BootMAE, "split", watch_split)
+    monkeypatch.setattr(torch.Tensor, "to", watch_to)
     flags = TRAIN if module is train else ["--init", unbroken / "encoder.pt", *TUNE, *AUGMENTED]
     with watch:
         call(module, *flags, "--out", tmp_path, "--epochs", 1, "--log_every", 1000)
-    assert len(steps) == 6
+    images = [x for x in moved if x.ndim == 4 and len(x) == 8]
+    assert len(steps) == 6 <= len(images) and {x.dtype for x in images} == {torch.uint8}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,7 +704,6 @@ def test_drop_path():
     assert torch.equal(kept, kept[:, :1, :1].expand(-1, 2, 8))
     near(kept.unique(), torch.tensor([0, 1 / 0.7]))
     assert abs(kept.mean() - 1) < 0.05
-    assert torch.equal(block.eval().drop(torch.ones(3, 2, 8)), torch.ones(3, 2, 8))
 
 
 def test_classifier_and_feature_maps_match_the_definition():
@@ -744,11 +760,8 @@ def rows_hiding(*counts):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: BootMAE(img_size=30, patch_size=4), "30 x 30 is not divisible by patch_size 4"),
     (lambda: ViT(embed_dim=30, num_heads=3), "embed_dim 30 is not divisible by 4"),
     (lambda: ViT(embed_dim=32, num_heads=3), "not divisible by num_heads 3"),
-    (lambda: BootMAE(**SMALL, decoder_dim=18), "18 is not divisible by 4"),
-    (lambda: BootMAE(**SMALL, inject=(1, 4)), "numbered 1 to 3"),
     (lambda: run_small((8, 8), rows_hiding(3, 3)), r"images are \(8, 8\)"),
     (lambda: run_small(mask=rows_hiding(3, 3)[:, :5]), r"mask is .*\(2, 5\)"),
     (lambda: run_small(mask=rows_hiding(3, 3).float()), "must be torch.bool"),
@@ -757,7 +770,6 @@ def rows_hiding(*counts):
     (lambda: ViT(**SMALL)(torch.zeros(1, 3, 20, 20)), "img_size="),
     (lambda: load_vit("x.pt", pixels="0..1"), "signed or imagenet"),
     (lambda: random_mask(2, 6, 7), "cannot mask 7 of 6"),
-    (lambda: block_mask(2, (2, 3), -1), "cannot mask -1 of 6"),
     (lambda: loss_weight(torch.zeros(2, 5, dtype=torch.bool), (2, 3)), "2 x 3 grid needs"),
 ])
 def test_wrong_input_is_named(call, message):
@@ -864,16 +876,13 @@ def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
     assert torch.equal(load_vit(path)(images), classifier(images))              # the file's head
     assert load_vit(path, num_classes=5)(images).shape == (2, 5)                # a new one
     assert load_vit(path, num_classes=0)(images).shape == (2, 128)              # none
-    larger = load_vit(path, img_size=48, drop_path=0.2, report=said.append)
-    assert larger.blocks[3].drop_path == pytest.approx(0.2) and not larger.training
-    assert "positions interpolated from 4 x 4 to 6 x 6" in said[0]
-    assert torch.equal(larger.pos_embed, resize_positions(classifier.pos_embed, (4, 4), (6, 6)))
+    assert not load_vit(path, drop_path=0.2).training
     shallow = shaken(small_vit(num_heads=8, depth=3))
     torch.save(shallow.state_dict(), path)
     with pytest.raises(ValueError, match="3 blocks of width 128.*give --num_heads"):
         load_vit(path)
     assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), shallow(images))
-    assert "; 8 heads" in said[1]
+    assert "; 8 heads" in said[0]
 
 
 def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
@@ -885,7 +894,6 @@ def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
     loaded = load_vit(tmp_path / "x.pt", pixels="imagenet", report=said.append)
     assert "ImageNet's mean and deviation folded" in said[0]
     near(loaded(2 * pixels - 1), vit((pixels - mean) / std), atol=1e-5)
-    assert_same(load_vit(tmp_path / "x.pt").state_dict(), vit.state_dict())
 
 
 def test_grids_that_are_not_square(tmp_path):
@@ -950,13 +958,10 @@ def test_masks_have_exact_counts_and_block_masks_are_blocks_filled_up(grid):
         near(loss_weight(masks, grid), expected)
 
 
-@pytest.mark.parametrize("kind, patches", [(random_mask, 64), (block_mask, (8, 8))])
-def test_masks_follow_the_generator_and_reach_every_patch(kind, patches):
-    a, b, c = (kind(200, patches, 48, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-    assert len(a.unique(dim=0)) == 200
-    frequency = a.float().mean(dim=0)
-    assert frequency.min() > 0.4 and frequency.max() < 0.98
+def test_random_masks_all_differ_and_reach_every_patch():
+    masks = random_mask(200, 64, 48)
+    assert len(masks.unique(dim=0)) == 200
+    assert (masks.float().mean(dim=0) - 48 / 64).abs().max() < 0.2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -979,11 +984,7 @@ def test_a_folders_images_and_classes(tmp_path):
     assert folder.labels.tolist() == [0, 0, 1, 1, -1, 2] and len(folder) == 6
     given = data.ImageFolder(tmp_path, ["ü ☃", "more", "b", "a"])
     assert given.labels.tolist() == [3, 3, 2, 2, -1, 0]
-    assert folder.fingerprint.startswith("6 images of 3 classes, ") != given.fingerprint
-    with pytest.raises(ValueError, match="lacks: a"):
-        data.ImageFolder(tmp_path, ["ü ☃", "b"])
-    with pytest.raises(ValueError, match="no images"):
-        data.ImageFolder(tmp_path / "none")
+    assert folder.fingerprint.startswith("6 images of 3 classes, ")
 
 
 def test_fingerprints_tell_images_and_classes_but_not_where_they_are(tmp_path):
@@ -996,12 +997,11 @@ def test_fingerprints_tell_images_and_classes_but_not_where_they_are(tmp_path):
         for name in line.split():
             save_at(tmp_path / str(number) / name, Image.new("RGB", (side, side)))
         folders.append(data.ImageFolder(tmp_path / str(number)))
-    sources = [*folders[:6], data.Shapes(9, 16), data.Shapes(9, 16, start=9), data.Shapes(9, 8)]
+    sources = [*folders[:6], data.ImageFolder(tmp_path / "0", ["b", "a"])]
+    sources += [data.Shapes(9, 16), data.Shapes(9, 16, start=9), data.Shapes(9, 8)]
     sources += [data.Subset(folders[n], chosen) for n, chosen in ((0, [0]), (0, [1]), (1, [0]))]
     assert len({source.fingerprint for source in sources}) == len(sources)
     assert folders[6].fingerprint == folders[0].fingerprint
-    swapped = data.ImageFolder(tmp_path / "0", ["b", "a"])
-    assert swapped.fingerprint != folders[0].fingerprint
 
 
 def test_a_folder_with_loops_odd_bytes_and_a_long_path(tmp_path):
@@ -1019,7 +1019,6 @@ def test_a_folder_with_loops_odd_bytes_and_a_long_path(tmp_path):
 
 
 def test_shapes_are_of_many_classes_in_turn_and_all_differ():
-    """Their outlines tell the class, and their colours do not."""
     shapes, later = data.Shapes(480, 16), data.Shapes(5, 16, start=7)
     images, labels = np.stack([shapes.open(i) for i in range(480)]), shapes.labels
     assert images.shape == (480, 16, 16, 3) and len(set(map(bytes, images))) == 480
@@ -1032,11 +1031,6 @@ def test_shapes_are_of_many_classes_in_turn_and_all_differ():
     means = np.stack([light[:360][labels[:360] == c].mean(axis=0) for c in classes])
     distances = ((light[360:, None] - means) ** 2).sum(axis=(2, 3))
     assert (distances.argmin(axis=1) == labels[360:]).mean() > 0.5
-    hue = images.mean(axis=(1, 2)) - light.mean(axis=(1, 2))[:, None]
-    for values in hue, images[:, 0, 0], images[:, -1, 0]:
-        error = values.std(axis=0) / (480 / len(classes)) ** 0.5
-        means = np.stack([values[labels == c].mean(axis=0) for c in classes])
-        assert (np.abs(means - values.mean(axis=0)) < 4 * error).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1348,8 +1342,6 @@ def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(
     Image.effect_noise((64, 64), 50).save(tmp_path / "a" / "0.png", "jpeg")
     os.truncate(tmp_path / "a" / "0.png", 1500)
     Image.new("L", (200, 100)).save(tmp_path / "a" / "1.png")
-    Image.new("L", (100, 50), 40).save(tmp_path / "a" / "2.png", "tiff")
-    Image.new("L", (100, 50), 40).save(tmp_path / "a" / "3.png", "jpeg")
     (tmp_path / "b" / "5.png").write_bytes(b"")
     (tmp_path / "b" / "6.png").write_text("text")
     folder = data.ImageFolder(tmp_path)
@@ -1432,7 +1424,7 @@ def call(module, *flags):
             signal.signal(number, handler)
 
 
-def refused(capsys, module, *flags, code=2):
+def refused(capsys, module, *flags, code=1):
     """The call ends with this code and one line, warnings aside; returns the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -1456,8 +1448,7 @@ def read_log(out):
 
 
 def read_table(path):
-    with open(path, newline="") as file:
-        return list(csv.reader(file))
+    return list(csv.reader(path.read_text().splitlines()))
 
 
 def result(out):
@@ -1507,12 +1498,6 @@ def tuned(unbroken, tmp_path_factory):
     return out
 
 
-def shapes_folder(path, count):
-    for index in range(count):
-        save_at(path / f"{index:03}.png", data.Shapes(count, 40).open(index))
-    return path
-
-
 def class_folders(root, **sets):
     """Three oblong images in root/SET/CLASS for each class of a set, as in train="cat dog"."""
     for place, (name, labels) in enumerate(sets.items()):
@@ -1542,14 +1527,11 @@ def photos(tmp_path_factory):
 
 
 def test_schedules():
+    """The teacher's momentum as published, and what the plain loops leave out."""
     args = train.parse_args(["--recipe", "imagenet"])
-    for epoch in (0, 20, 40, 77, 100, 199, 200, 399, 400, 799):
+    for epoch in (0, 20, 77, 100, 199, 200, 399, 400, 799):
         # 1,281,167 images in batches of 4096: 312 steps an epoch
-        lr, feature_weight, momentum = train.schedules(312 * epoch, 312 * 800, args)
-        fall = (1 + math.cos(math.pi * (epoch - 40) / 760)) / 2
-        expected = 2.4e-3 * epoch / 40 if epoch < 40 else 1e-4 + 2.3e-3 * fall
-        assert lr == pytest.approx(expected, abs=1e-12)
-        assert feature_weight == pytest.approx(min(1, 4 * (epoch + 1) / 800))
+        momentum = train.schedules(312 * epoch, 312 * 800, args)[2]
         early, late = min(1, epoch / 100), min(1, max(0, epoch - 100) / 300)
         assert 1 - momentum == pytest.approx(1e-3 - 9e-4 * early - 9e-5 * late)
     # A run of 1/100 of the steps has averages over 1/100 of theirs.
@@ -1566,7 +1548,6 @@ def test_runs_write_what_they_promise(unbroken, tuned):
     log = read_log(unbroken) + read_log(tuned)
     assert [line["epoch"] for line in log] == [1, 2, 3] * 2
     assert {"lr", "momentum", "feature_weight"} < log[0].keys() and "lr" in log[3]
-    assert log[2]["pixel_loss"] < log[0]["pixel_loss"]
     assert json.loads((unbroken / "config.json").read_text())["batch_size"] == 8
     best = load(tuned / "best.pt")
     del best["model"]
@@ -1620,8 +1601,8 @@ def two_processes(unbroken, tuned, tmp_path_factory):
     """
     out = tmp_path_factory.mktemp("two")
     shutil.copytree(unbroken, out / "rank0")  # a finished run, which rank 1 does not find
-    shapes_folder(out / "images", 6)
-    (out / "images" / "003.png").write_text("no image")  # is rank 1's
+    class_folders(out, images="a b")
+    (out / "images" / "b" / "0.png").write_text("no image")  # is rank 1's
     best, start = ["--init", tuned / "best.pt"], ["--init", unbroken / "encoder.pt"]
     uneven = [*TUNE, *best, "--num_val", 1003]
     calls = dict(
@@ -1678,7 +1659,10 @@ def two_processes(unbroken, tuned, tmp_path_factory):
 
 
 def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_processes, tmp_path):
-    """Each has half of the images and noise of its own, and gradients travel once a step."""
+    """Each has half of the images and noise of its own, and gradients travel once a step.
+
+    Of the probe they share BatchNorm's statistics.
+    """
     assert_nearly_same_run(two_processes.out, unbroken)
     flags = ["--init", unbroken / "encoder.pt", "--epochs", 2, "--out", tmp_path]
     call(finetune, *TUNE, *flags)
@@ -1689,9 +1673,6 @@ def test_two_processes_with_parts_of_a_batch_change_nothing(unbroken, two_proces
         assert zero[name]["synced"] == one[name]["synced"] == [False, True] * steps
         assert zero[name]["buffers"] == [False]  # positions never change
     assert not set(zero["tune"]["seeds"]) & set(one["tune"]["seeds"])
-
-
-def test_two_processes_share_the_probes_statistics(two_processes):
     zero, one = (rank["linear"]["statistics"] for rank in two_processes.seen)
     assert len(zero) == 6 and zero[5] != zero[0]
     near(torch.tensor(zero), torch.tensor(one))
@@ -1708,8 +1689,8 @@ def test_two_processes_count_every_image_once(tuned, two_processes, capsys, mode
 def test_two_processes_predict_every_image_and_must_share_the_output_folder(two_processes):
     """Rank 0 finds a finished run, rank 1 nothing: they would wait for each other for ever."""
     _, *rows = read_table(two_processes.out / "predict" / "predictions.csv")
-    assert [row[0] for row in rows] == [f"{n:03}.png" for n in (0, 1, 2, 4, 5)]
-    assert two_processes.err.count("003.png") == 1
+    assert [row[0] for row in rows] == "a/0.png a/1.png a/2.png b/1.png b/2.png".split()
+    assert two_processes.err.count("b/0.png") == 1
     assert re.search(r"disagree on steps done and images: \[\(0, .*\(18", two_processes.err)
 
 
@@ -1764,7 +1745,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
     try:
-        line = refused(capsys, train, *TRAIN, "--out", finished, "--epochs", 4, code=1)
+        line = refused(capsys, train, *TRAIN, "--out", finished, "--epochs", 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "could not save" in line and (finished / "checkpoint.pt").read_bytes() == before
@@ -1779,8 +1760,8 @@ def test_weights_that_are_not_finite_are_never_saved(unbroken, tmp_path, capsys,
     torch.save(weights, tmp_path / "nan.pt")
     flags = [*(TRAIN if module is train else TUNE), "--init", tmp_path / "nan.pt"]
     flags += ["--log_every", 1000, "--out", tmp_path / "out"]
-    line = refused(capsys, module, *flags, code=1)
-    assert "weights are no longer finite" in line and "learning rate" in line
+    line = refused(capsys, module, *flags)
+    assert "weights, losses or gradients are not finite" in line and "learning rate" in line
     assert not {"checkpoint.pt", "encoder.pt", "best.pt"} & set(os.listdir(tmp_path / "out"))
 
 
@@ -1791,32 +1772,32 @@ def test_losses_that_are_never_finite_end_the_run(capsys):
     for value in 2.0, math.nan, math.inf:
         meter.add(torch.tensor(value))
     assert meter.means() == {"loss": 2.0}
-    meter.reset()
+    meter.sums.zero_()
     meter.add(torch.tensor(math.nan))
     run.check_finite(small_vit(), Scaler(), meter.means())
-    for scaler, words in (Scaler(enabled=False), "no loss"), (Scaler(init_scale=2**-21), "in fp16"):
+    for scaler in Scaler(enabled=False), Scaler(init_scale=2**-21):
         with pytest.raises(SystemExit, match="1"):
             run.check_finite(small_vit(), scaler, meter.means())
-        assert words in capsys.readouterr().err
+        assert "are not finite" in capsys.readouterr().err
 
 
-def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
+def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path, capsys):
     """Exceptions of a loading worker arrive with a traceback in their text."""
     folder = class_folders(tmp_path / "a", train="cat dog", val="cat dog")
     for path in folder.glob("train/*/*"):
         path.write_text("no image")
     flags = [*FOLDERS, "--scratch", "--data", folder, "--workers", 1, "--out", tmp_path / "out"]
-    process = launch("finetune.py", *flags)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
+    with pytest.raises(SystemExit, match="1"):
+        train.launch(finetune.main, finetune.parse_args(list(map(str, flags))))
+    *_, line = capsys.readouterr().err.splitlines()
     words = r"ten images in a row can't be read, the last one '.*/\d+.png' \(Unid.*\)"
-    assert re.search(f"^finetune.py: {words}$", err, re.MULTILINE)
+    assert re.search(f": {words}$", line)
 
 
 @pytest.mark.parametrize("module, flags, words", [(train, *call) for call in [
     ("--recipe nothing", "--recipe"), (f"--seed {2**63}", "--seed:"), ("--num 48", "--num"),
     ("--data no/such/folder", "no/such/folder"), ("--data .", "no images found"),
-    ("--img_size 30", "divisible by patch_size 8"), ("--data=", "--data: is empty"),
+    ("--img_size 30", "divisible by patch_size 8"), ("--data=", "--data is empty"),
     ("--init none.pt", "can't read"), ("--mask_ratio nan", "--mask_ratio: nan must"),
     ("--mask_ratio 0", "--mask_ratio 0"), ("--momentum 0.9 0.99 2", "--momentum: 2 must be"),
     ("--inject 1 9", "1 to 4"), ("--accum_steps 3", "--accum_steps 3"),
@@ -1833,8 +1814,7 @@ def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path):
     ("--init gray.pt --init_pixels imagenet", "gray.pt has 1 channels"),
     ("--init best.pt --init_pixels imagenet", "leave --init_pixels imagenet out"),
     ("--init encoder.pt --num_heads 3", "encoder.pt embed_dim 128 is not divisible by num_heads 3"),
-    ("--scratch --knn --linear", "--linear: not allowed"), ("--predict=", "--predict: is empty"),
-    ("--scratch --lr 0.1 --base_lr 0.1", "--base_lr: not allowed"),
+    ("--scratch --knn --linear", "--linear: not allowed"), ("--predict=", "--predict is empty"),
 ]])
 def test_bad_calls(files, tmp_path, capsys, monkeypatch, module, flags, words):
     monkeypatch.chdir(files[0])
@@ -1863,7 +1843,6 @@ def test_benchmark_counts_what_a_step_does(tmp_path, capsys):
     assert float(table["GFLOP an image"]) == pytest.approx(gflop, rel=1e-3)
     hours = 3 * 48 / float(table["images/s"]) / 3600
     assert float(table["hours of 3 x 48 images"]) == pytest.approx(hours, rel=0.01)
-    assert {"peak GPU memory a process, GiB", "images/s a loading worker"} <= table.keys()
     assert not (tmp_path / "out").exists()
 
 
@@ -1880,18 +1859,6 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, capsys):
         assert "is in use by another run" in refused(capsys, train, *TRAIN, "--out", finished)
         holder.kill()
     call(train, *TRAIN, "--out", finished)
-
-
-def test_a_checkpoint_that_another_run_wrote_meanwhile_is_kept(unbroken, tmp_path, capsys):
-    """While this one listed its images, and before it took the lock."""
-
-    def write(run):
-        shutil.copy(unbroken / "checkpoint.pt", tmp_path)
-
-    with patch.object(train.Run, "check_batch", write):
-        assert "another run has written" in refused(capsys, train, *TRAIN, "--out", tmp_path)
-    call(train, *TRAIN, "--out", tmp_path)
-    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_streams_that_are_missing_are_replaced(monkeypatch):
@@ -1920,10 +1887,10 @@ def test_moved_images_and_a_lost_start_are_not_missed(unbroken, tmp_path, capsys
 
 
 def test_pictures_among_the_images_are_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(shapes_folder(tmp_path / "photos", 8))
+    monkeypatch.chdir(class_folders(tmp_path, photos="a b c") / "photos")
     for out in ".", "output/x", tmp_path / "photos":
         assert "lies inside" in refused(capsys, train, *TINY, "--data", ".", "--out", out)
-    assert len(os.listdir(".")) == 8
+    assert sorted(os.listdir(".")) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("left", [
@@ -1978,11 +1945,10 @@ def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, 
     assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
     call(train, *flags)
     assert load_vit(tmp_path / "checkpoint.pt").blocks[0].attn.num_heads == 2
-    start, found = load(unbroken / "encoder.pt"), load(tmp_path / "checkpoint.pt")["model"]
-    start["patch_embed.proj.weight"] *= 0.5 / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    for part, (key, x) in itertools.product(("encoder.", "teacher."), start.items()):
-        if key != "patch_embed.proj.bias":
-            near(found[part + key], x)
+    expected = load_vit(unbroken / "encoder.pt", pixels="imagenet").state_dict()
+    found = load(tmp_path / "checkpoint.pt")["model"]
+    for part in "encoder.", "teacher.":
+        assert_same({key: found[part + key] for key in expected}, expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1992,8 +1958,8 @@ def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, 
 @pytest.mark.parametrize("sets, words", [
     (dict(train="cat dog"), "no val/"), (dict(val="cat dog"), "no train/"),
     (dict(train="cat dog", val="cat cow"), "cow"),
-    (dict(train="cat dog .", val="cat"), "is in no class folder"),
-    (dict(train="cat", val="cat"), "is there a folder too many?"),
+    (dict(train="cat dog .", val="cat"), "needs two classes"),
+    (dict(train="cat", val="cat"), "needs two classes"),
 ], ids=str)
 def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words):
     flags = ["--data", class_folders(tmp_path / "a", **sets), "--out", tmp_path / "out"]
@@ -2005,7 +1971,6 @@ def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_
     """It has the classifier's image size, 32, not the recipe's."""
     folder, run = class_folders(tmp_path / "a", train="cat dog", test="cat"), tmp_path / "run"
     call(finetune, *FOLDERS, "--scratch", "--data", folder, "--out", run)
-    assert "no validation image of: 'dog'" in capsys.readouterr().out
     flags = ["--recipe", "shapes", "--workers", 0, "--eval", "--init", run / "best.pt"]
     call(finetune, *flags, "--data", class_folders(tmp_path / "b", val="cat dog"))
     said = capsys.readouterr().out
@@ -2022,8 +1987,8 @@ def test_a_folder_without_a_readable_image_is_named(files, tmp_path, capsys, mod
         path.write_text("no image")
     flags = ["--data", folder, "--init", files[0] / "best.pt", "--out", tmp_path / "out"]
     flags += dict(finetune=[], knn=["--knn"], predict=["--predict", folder / "val"])[mode]
-    line = refused(capsys, finetune, *FOLDERS, *flags, code=1)
-    assert "no image could be read of 6" in line
+    line = refused(capsys, finetune, *FOLDERS, *flags)
+    assert "image could be read" in line
 
 
 def test_labels_per_class_is_a_fixed_subset():
@@ -2032,7 +1997,6 @@ def test_labels_per_class_is_a_fixed_subset():
     numbers = known.indices.tolist()
     assert known.labels.tolist() == [n % 12 for n in numbers]
     assert sorted(known.labels) == sorted(list(range(12)) * 4)
-    assert [known.name(i) for i in range(48)] == [f"shape {n}" for n in numbers]
     assert known.open(7) == data.Shapes(2400, 32).open(numbers[7])
     assert min(val.numbers) >= 2400
     for args.seed in 0, 1:
@@ -2054,7 +2018,7 @@ def test_only_a_better_model_becomes_the_best(monkeypatch):
     """The average is worse in epoch 1 and better in epoch 2; both are worse again in epoch 3."""
     run, kept = train.Run(finetune.parse_args(["--scratch"])), []
     run.args.sizes, scores = dict(num_heads=1), iter([(50, 40), (45, 60), (55, 59)])
-    run.save_picture = MagicMock()
+    run.save = MagicMock()
     run.save_weights = lambda model, *_, **more: kept.append(model)
     monkeypatch.setattr(finetune, "draw_predictions", lambda model, *_: kept.append(model))
     monkeypatch.setattr(finetune, "evaluate",
@@ -2073,12 +2037,10 @@ def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_features_of_a_folder(unbroken, photos, tmp_path, capsys, depth):
+def test_features_of_a_folder(unbroken, photos, tmp_path, depth):
     flags = ["--init", unbroken / "encoder.pt", "--features", photos / "val", "--depth", depth]
     flags += ["--crop_ratio", 0.5, "--workers", 0, "--amp", "off", "--out", tmp_path]
     call(finetune, *flags)
-    said = capsys.readouterr()
-    assert "36 of 37 images" in said.out and said.err.count("broken.png") == 1
     with np.load(tmp_path / "features.npz") as table:
         files, features = table["files"].tolist(), table["features"]
     assert files == PHOTO_FILES
@@ -2088,12 +2050,13 @@ def test_features_of_a_folder(unbroken, photos, tmp_path, capsys, depth):
 
 
 def test_predictions(photos, tmp_path, capsys):
-    """Classes and crop are those in the file of the classifier."""
+    """Classes and crop are those in the file of the classifier; the size is not."""
     names, start, out = ["ape", "bee", "cat, black", "dog"], tmp_path / "best.pt", tmp_path / "out"
-    model = small_vit(num_classes=4).eval()
+    model = small_vit(num_classes=4)
     model.head.weight.data *= 1000
     torch.save(dict(model=model.state_dict(), classes=names, crop_ratio=0.5), start)
-    flags = ["--predict", photos / "val", "--init", start, "--workers", 0, "--amp", "off", "--out"]
+    flags = ["--predict", photos / "val", "--init", start, "--img_size", 48, "--workers", 0,
+             "--amp", "off", "--out"]
     with patch.object(finetune, "outputs_of", None):  # it is said before anything is classified
         assert "/proc" in refused(capsys, finetune, *flags, "/proc/x")
     call(finetune, *flags, out)
@@ -2102,8 +2065,8 @@ def test_predictions(photos, tmp_path, capsys):
     header, *rows = read_table(out / "predictions.csv")
     assert header == "file class probability second probability_2 third probability_3".split()
     assert [row[0] for row in rows] == PHOTO_FILES
-    images, _ = plain_middles(photos / "val", 32, 0.5)
-    values, classes = model(images).softmax(dim=1).topk(3)
+    images, _ = plain_middles(photos / "val", 48, 0.5)
+    values, classes = load_vit(start, img_size=48)(images).softmax(dim=1).topk(3)
     assert [row[1::2] for row in rows] == [[names[n] for n in best] for best in classes.tolist()]
     near(torch.tensor([[float(x) for x in row[2::2]] for row in rows]), values, atol=2e-3)
     assert Image.open(out / "predictions.png").size == (8 * 152, 4 * 188)
@@ -2117,19 +2080,19 @@ def test_predictions(photos, tmp_path, capsys):
 
 
 PRETRAINING = dict(
-    model="base", img_size=224, patch_size=16, decoder_dim=512, decoder_depth=2, inject=(1, -1),
-    feature_target=1, weighted_loss=1, mask="block", mask_ratio=0.75, crop_scale=(0.2, 1),
+    model="base", img_size=224, patch_size=16, decoder_dim=512, decoder_depth=2, inject=[1, -1],
+    feature_target=1, weighted_loss=1, mask="block", mask_ratio=0.75, crop_scale=[0.2, 1],
     epochs=800, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4, min_lr=1e-4, weight_decay=0.05,
-    betas=(0.9, 0.95), feature_ramp=0.25, branch_init=1)
+    betas=[0.9, 0.95], feature_ramp=0.25, branch_init=1)
 FINE_TUNING = dict(
     model="base", img_size=224, patch_size=16, epochs=100, warmup_epochs=20, batch_size=2048,
-    lr=5e-3, base_lr=0, min_lr=1e-6, layer_decay=0.6, drop_path=0.1, betas=(0.9, 0.999),
+    lr=5e-3, min_lr=1e-6, layer_decay=0.6, drop_path=0.1, betas=[0.9, 0.999],
     weight_decay=0.05, mixup=0.8, cutmix=1, smoothing=0.1, rand_augment=9, erasing=0.25,
-    crop_scale=(0.08, 1), model_ema=0.9998, crop_ratio=0.875, labels_per_class=0,
+    crop_scale=[0.08, 1], model_ema=0.9998, crop_ratio=0.875, labels_per_class=0,
     branch_init=1)
 PLAIN = dict(drop_path=0, mixup=0, cutmix=0, rand_augment=0, erasing=0)
 PROBE = FINE_TUNING | PLAIN | dict(
-    epochs=90, warmup_epochs=10, batch_size=16384, lr=0, base_lr=0.1, min_lr=0, weight_decay=0,
+    epochs=90, warmup_epochs=10, batch_size=16384, lr=6.4, min_lr=0, weight_decay=0,
     smoothing=0, model_ema=0, depth=9)
 del PROBE["layer_decay"], PROBE["betas"]  # LARS has neither
 CIFAR10 = dict(model="small", img_size=32, patch_size=4, branch_init=0)
@@ -2138,22 +2101,22 @@ SHAPES = dict(model="nano", img_size=64, patch_size=8, branch_init=0)
 SHORT = dict(decoder_dim=64, decoder_depth=1, mask="random", feature_ramp=1, min_lr=0)
 CIFAR10_TUNING = FINE_TUNING | CIFAR10 | dict(
     batch_size=512, lr=1e-3, warmup_epochs=5, layer_decay=0.75, model_ema=0.999,
-    crop_scale=(0.4, 1), crop_ratio=1)
+    crop_scale=[0.4, 1], crop_ratio=1)
 PHOTOS_TUNING = CIFAR10_TUNING | PLAIN | PHOTOS | dict(
     batch_size=32, epochs=40, warmup_epochs=4, model_ema=0.99)
-SHAPES_TUNING = PHOTOS_TUNING | SHAPES | dict(lr=2e-3, crop_scale=(0.6, 1), labels_per_class=20)
+SHAPES_TUNING = PHOTOS_TUNING | SHAPES | dict(lr=2e-3, crop_scale=[0.6, 1], labels_per_class=20)
 SHORT_PROBE = dict(batch_size=64, depth=0, crop_ratio=1)
 SETTINGS = {  # the first two of each are published, the others are for short runs
     train: {
         "imagenet": PRETRAINING,
         "imagenet_large": PRETRAINING | dict(
-            model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999)),
+            model="large", min_lr=1e-5, momentum=[0.999, 0.9999, 0.9999]),
         "cifar10": PRETRAINING | CIFAR10 | dict(
             decoder_dim=192, epochs=300, warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0),
         "photos": PRETRAINING | PHOTOS | SHORT | dict(
             epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3),
         "shapes": PRETRAINING | SHAPES | SHORT | dict(
-            mask_ratio=0.6, crop_scale=(0.6, 1), epochs=15, warmup_epochs=1, batch_size=16,
+            mask_ratio=0.6, crop_scale=[0.6, 1], epochs=15, warmup_epochs=1, batch_size=16,
             base_lr=16e-3)},
     finetune: {
         "imagenet": FINE_TUNING,
@@ -2162,20 +2125,17 @@ SETTINGS = {  # the first two of each are published, the others are for short ru
             layer_decay=0.75),
         "cifar10": CIFAR10_TUNING, "photos": PHOTOS_TUNING, "shapes": SHAPES_TUNING,
         "imagenet --linear": PROBE,
-        "imagenet_large --linear": PROBE | dict(model="large", epochs=50, base_lr=0.07, depth=18),
+        "imagenet_large --linear": PROBE | dict(model="large", epochs=50, lr=4.48, depth=18),
         "cifar10 --linear": PROBE | CIFAR10 | dict(
-            batch_size=2048, crop_scale=(0.4, 1), crop_ratio=1),
+            batch_size=2048, lr=0.8, crop_scale=[0.4, 1], crop_ratio=1),
         "photos --linear": PROBE | PHOTOS | SHORT_PROBE | dict(
-            crop_scale=(0.4, 1), epochs=30, base_lr=40, warmup_epochs=3),
+            crop_scale=[0.4, 1], epochs=30, lr=10, warmup_epochs=3),
         "shapes --linear": PROBE | SHAPES | SHORT_PROBE | dict(
-            crop_scale=(0.6, 1), epochs=60, base_lr=160, warmup_epochs=5, labels_per_class=20)},
+            crop_scale=[0.6, 1], epochs=60, lr=40, warmup_epochs=5, labels_per_class=20)},
 }
 
 
-def test_rates_and_folders_are_not_the_recipes_where_flags_say_otherwise(monkeypatch, tmp_path):
-    for flags, rates in {"--lr 0": (0, 0), "--base_lr 3": (0, 3), "": (0, 160)}.items():
-        args = finetune.parse_args(["--linear", *flags.split()])
-        assert (args.lr, args.base_lr) == rates
+def test_predictions_go_to_a_folder_named_after_the_classifiers(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for start, out in ("runs/x/best.pt", "x_predict"), ("mae.pth", f"{tmp_path.name}_predict"):
         args = finetune.parse_args(["--predict", "photos", "--init", start])
@@ -2199,7 +2159,6 @@ def test_flags_that_are_named_exist(capsys):
         with pytest.raises(SystemExit):
             module.parse_args(["--help"])
         usage, text = capsys.readouterr().out.split("\n\n", 1)
-        assert re.search(r"--seed SEED\s.*\(default: 0\)", text) and "(default: False)" not in text
         known |= set(re.findall(r"--[a-z_]+", usage))
         named |= set(re.findall(r"--[a-z_]+", text))
     others = "nproc_per_node nnodes rdzv_backend rdzv_endpoint max_restarts ipc shutdown help"
@@ -2208,36 +2167,33 @@ def test_flags_that_are_named_exist(capsys):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Calls of a compiled network and for numbers on the bar; numbers of loading workers."""
-    seen = SimpleNamespace(bar=MagicMock(), net=MagicMock(), workers=set())
-    init = torch.utils.data.DataLoader.__init__
+    """Calls of a compiled network, for numbers on the bar, and for loaders."""
+    loader = MagicMock(side_effect=torch.utils.data.DataLoader)
+    seen = SimpleNamespace(bar=MagicMock(), net=MagicMock(), loader=loader)
 
     def compiled(model):
         seen.net.side_effect = model
         return seen.net
 
-    def note_workers(loader, *args, num_workers, **options):
-        seen.workers.add(num_workers)
-        init(loader, *args, num_workers=num_workers, **options)
-
     monkeypatch.setattr(train.tqdm, "set_postfix", seen.bar)
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", note_workers)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
     return seen
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader")  # may have more workers than there are cores
 def test_flags_of_pretraining_arrive(tmp_path, watched):
-    """8 of 20 images in batches of 4: 2 steps an epoch. The loops below show the other flags."""
+    """8 of 21 images in batches of 4: 2 steps an epoch. The loops above show the other flags."""
     flags = """--recipe shapes --model tiny --img_size 48 --patch_size 12 --decoder_dim 32
                --decoder_depth 3 --inject 0 2 --num_images 8 --batch_size 4 --epochs 3 --log_every 1
                --picture_every 2 --workers 2 --compile --amp off --out""".split()
-    call(train, *flags, tmp_path / "out", "--data", shapes_folder(tmp_path / "images", 20))
+    class_folders(tmp_path, images="a b c d e f g")
+    call(train, *flags, tmp_path / "out", "--data", tmp_path / "images")
     checkpoint, pictures = load(tmp_path / "out" / "checkpoint.pt"), tmp_path.glob("out/epoch*")
     found = {name: tuple(x.shape) for name, x in checkpoint["model"].items()}
     assert {path.name for path in pictures} == {"epoch_0002.png", "epoch_0003.png"}
     assert checkpoint["step"] == watched.net.call_count == watched.bar.call_count == 6
-    assert watched.workers == {2}
+    assert watched.loader.call_args.kwargs["num_workers"] == 2
     assert found["encoder.blocks.11.norm1.weight"] == (192,)
     assert found["encoder.pos_embed"] == (1, 1 + 4 * 4, 192)
     assert found["encoder.patch_embed.proj.weight"] == (192, 3, 12, 12)
@@ -2264,7 +2220,8 @@ def test_flags_of_fine_tuning_arrive(tmp_path, watched):
     log, best = read_log(tmp_path), load_weights(tmp_path / "best.pt")
     assert ["top1" in line for line in log] == [False, True, True]
     assert log[2]["top1"] * 30 / 100 == pytest.approx(round(log[2]["top1"] * 30 / 100))
-    assert watched.net.call_count == watched.bar.call_count == 9 and watched.workers == {0}
+    assert watched.net.call_count == watched.bar.call_count == 9
+    assert watched.loader.call_args.kwargs["num_workers"] == 0
     assert best["blocks.11.norm1.weight"].shape == (192,) and best["pos_embed"].shape[1] == 17
     assert best["patch_embed.proj.weight"].shape == (192, 3, 12, 12)
 
@@ -2331,21 +2288,6 @@ def test_neighbours_are_those_of_a_plain_computation(unbroken, photos, capsys, k
     assert top1 < top5
 
 
-def test_evaluation_at_another_size_and_crop(photos, tmp_path, capsys):
-    model = small_vit(num_classes=12)
-    model.head.weight.data *= 1000
-    torch.save(model.state_dict(), tmp_path / "best.pt")
-    flags = ["--data", photos, "--init", tmp_path / "best.pt", "--recipe", "shapes", "--amp", "off"]
-    call(finetune, *flags, "--workers", 0, "--eval", "--img_size", 48, "--crop_ratio", 0.5)
-    out, err = capsys.readouterr()
-    said = json.loads(out.splitlines()[-1])
-    assert said["images"] == 36 and err.count("broken.png") == 1
-    images, labels = plain_middles(photos / "val", 48, 0.5)
-    with torch.no_grad():
-        scores = load_vit(tmp_path / "best.pt", img_size=48)(images)
-    assert [said["top1"], said["top5"]] == pytest.approx(plain_accuracy(scores, labels))
-
-
 @pytest.mark.parametrize("amp, dtype", [
     ("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)])
 def test_precision_of_activations_losses_and_weights(
@@ -2391,12 +2333,13 @@ def test_attention_in_bf16_is_nearly_that_in_float32():
 
 
 def test_psnr_and_picture_of_known_predictions(tmp_path, monkeypatch):
-    """They are half of the target: half of the way from a patch's mean to its pixels."""
+    """They are half of the target: half of the way from a patch's mean to its pixels, of 0 .. 1."""
     forward, errors = BootMAE.forward, []
 
     def know(model, images, mask):
         truth = patchify(images, 8)[mask].view(len(images), -1, 3, 64)
         mean, variance = truth.mean(3, keepdim=True), truth.var(3, correction=0, keepdim=True)
+        errors.append((truth - mean).div(2).square().mean().item())
         half = 0.5 * (truth - mean) / (variance + 1e-5).sqrt()
         return forward(model, images, mask)._replace(pixels=half.flatten(2))
 
@@ -2407,14 +2350,10 @@ def test_psnr_and_picture_of_known_predictions(tmp_path, monkeypatch):
         tiles = picture[132 * row + 24 :: 4, 5 * 132 * column :: 4]
         original, _, nothing, half = (tiles[:32, 33 * place :][:, :32] for place in range(4))
         assert np.abs(half - (original + nothing) / 2).max() <= 1
-        for y, x in itertools.product(range(0, 32, 8), repeat=2):
-            truth, mean = (image[y : y + 8, x : x + 8] for image in (original, nothing))
-            if (truth != mean).any():  # a masked patch
-                assert np.abs(mean - truth.mean(axis=(0, 1))).max() <= 1
-                errors.append(((truth - mean) / 255) ** 2)
-    assert len(errors) == 8 * 10
+        means = (tile.reshape(4, 8, 4, 8, 3).mean(axis=(1, 3)) for tile in (original, nothing))
+        assert np.abs(np.subtract(*means)).max() <= 1 and (original != nothing).any()
     line = read_log(tmp_path)[0]
-    assert line["psnr_nothing"] == pytest.approx(-10 * math.log10(np.mean(errors)), abs=0.05)
+    assert line["psnr_nothing"] == pytest.approx(-10 * math.log10(errors[-1]), abs=1e-3)
     assert line["psnr"] == pytest.approx(line["psnr_nothing"] + 10 * math.log10(4), abs=1e-3)
 
 
@@ -2430,7 +2369,7 @@ def test_curves_follow_the_log(unbroken):
     assert train.draw_curves(lines).size == (2 * 440, 300)  # what is missing is left out
 
 
-def test_accuracies_and_tiles_are_those_of_a_plain_computation(tuned):
+def test_accuracies_and_tiles_are_those_of_a_plain_computation(tuned, capsys):
     """Of the last model and of its average. Tiles are green where the best model is right."""
     model, shapes = small_vit(num_classes=12).eval(), data.Shapes(60, 32, start=999_996)
     images = torch.stack([data.to_tensor(shapes.open(index)) for index in range(60)])
@@ -2443,6 +2382,10 @@ def test_accuracies_and_tiles_are_those_of_a_plain_computation(tuned):
     assert found == pytest.approx([last[n] for n in ("top1", "top5", "top1_ema", "top5_ema")])
     assert found[:2] != found[2:]
     model.load_state_dict(load_weights(tuned / "best.pt"))
+    call(finetune, *TUNE, "--init", tuned / "best.pt", "--eval")
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    best = plain_accuracy(model(images), shapes.labels)
+    assert said == pytest.approx(dict(images=60, top1=best[0], top5=best[1]))
     right = (model(images).argmax(dim=1).numpy() == shapes.labels).tolist()
     picture, order = Image.open(tuned / "predictions.png"), random.Random(0).sample(range(60), 60)
     for place, index in enumerate(order[:32]):
@@ -2477,51 +2420,24 @@ def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatc
     assert names.count("checkpoint.pt") == 2  # after epochs 2 and 3
 
 
-def test_each_setting_that_must_match_is_refused(unbroken, tuned, tmp_path, capsys):
-    """Also other weights in the file of --init, and other images."""
-    weights, start = load(unbroken / "encoder.pt"), ["--init", unbroken / "encoder.pt"]
-    torch.save(weights | {"cls_token": 2 * weights["cls_token"]}, tmp_path / "encoder.pt")
+def test_settings_that_must_match_are_refused(unbroken, tuned, tmp_path, capsys):
+    """All of a recipe but what may change; and of --init and --data, what they hold."""
+    may_change, others = {"epochs", "warmup_epochs", "lr", "base_lr", "min_lr"}, {"seed", "images"}
+    for module, out, more in (train, unbroken, "num_images"), (finetune, tuned, "teacher"):
+        must_match = {*module.RECIPES["shapes"], *others, more} - may_change
+        assert must_match <= load(out / "checkpoint.pt")["settings"].keys()
+    class_folders(tmp_path, images="a b c")
+    weights, start = load(unbroken / "encoder.pt"), tmp_path / "encoder.pt"
+    torch.save(weights | {"cls_token": 2 * weights["cls_token"]}, start)
     pretrain = [train, *TRAIN, "--out", unbroken]
-    tune = [finetune, *TUNE, *AUGMENTED, "--out", tuned]
-    calls = [[*pretrain, *flags.split()] for flags in (
-        "--seed 1", "--num_images 24", "--model tiny", "--img_size 64", "--patch_size 4",
-        "--decoder_dim 32", "--decoder_depth 2", "--mask block", "--mask_ratio 0.5",
-        "--feature_target 0", "--weighted_loss 0")]
-    calls += [[*pretrain, *start], [*pretrain, "--data", shapes_folder(tmp_path / "images", 48)]]
-    calls += [[*tune, *start, *flags.split()] for flags in (
-        "--seed 1", "--img_size 64", "--labels_per_class 3", "--weight_decay 0", "--model_ema 0")]
-    calls += [[*tune, "--init", unbroken / "checkpoint.pt", "--teacher"], [*tune, "--scratch"],
-              [*tune, "--init", tmp_path / "encoder.pt"]]
-    linear = [finetune, *TUNE, *start, "--out", tmp_path, "--epochs", 1, "--linear", "--depth"]
-    call(*linear, 2)
-    for module, *flags in [*calls, [*linear, 3]]:
+    for module, *flags in (
+        [*pretrain, "--init", start], [*pretrain, "--data", tmp_path / "images"],
+        [finetune, *TUNE, *AUGMENTED, "--out", tuned, "--init", start],
+        [finetune, *TUNE, *AUGMENTED, "--out", tuned, "--scratch"],
+    ):
         assert "was trained with" in refused(capsys, module, *flags), flags
-    words = "trained with --inject (1, -1) (now (0, 0)), --batch_size 8 (now 4): give the same"
+    words = "trained with batch_size 8 (now 4), inject [1, -1] (now [0, 0]): give the same"
     assert words in refused(capsys, *pretrain, "--batch_size", 4, "--inject", 0, 0)
-
-
-@pytest.mark.parametrize("module", [train, finetune])
-def test_batches_travel_as_bytes_and_nothing_waits_for_them(tmp_path, monkeypatch, module):
-    """A mask is checked where the loader leaves it, which is on the CPU."""
-    move, split, moved, checked = torch.Tensor.to, BootMAE.split, [], []
-
-    def watch_to(x, *args, **options):
-        if args and isinstance(args[0], torch.device) and not x.is_floating_point():
-            moved.append(x)
-            assert options.get("non_blocking")
-        return move(x, *args, **options)
-
-    def watch_split(model, images, mask):
-        checked.append(all(mask is not x for x in moved))
-        return split(model, images, mask)
-
-    monkeypatch.setattr(torch.Tensor, "to", watch_to)
-    monkeypatch.setattr(BootMAE, "split", watch_split)
-    flags = TRAIN if module is train else ["--scratch", *TUNE]
-    call(module, *flags, "--epochs", 1, "--out", tmp_path)
-    images = [x for x in moved if x.ndim == 4 and len(x) == 8]
-    assert len(images) >= 6 and {x.dtype for x in images} == {torch.uint8}
-    assert all(checked) and len(checked) == (7 if module is train else 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2587,15 +2503,12 @@ def test_two_processes_save_at_a_signal_and_start_again_after_a_death(unbroken, 
 
 def test_processes_end_together_and_only_a_second_ctrl_c_kills(monkeypatch):
     """torchrun ends all when one ends, with signals of its own, and rank 0 may still be saving."""
-    run, numbers = train.Run(train.parse_args([])), (signal.SIGTERM, signal.SIGINT)
-    old = [signal.signal(number, run._on_signal) for number in numbers]
-    try:
-        for number, handler in zip(numbers, (run._on_signal, signal.SIG_DFL)):
-            os.kill(os.getpid(), number)
-            assert run.signal == number and signal.getsignal(number) == handler
-    finally:
-        for number, handler in zip(numbers, old):
-            signal.signal(number, handler)
+    run, install = train.Run(train.parse_args([])), MagicMock()
+    monkeypatch.setattr(signal, "signal", install)
+    for number in signal.SIGTERM, signal.SIGINT:
+        run._on_signal(number, None)
+        assert run.signal == number
+    install.assert_called_once_with(signal.SIGINT, signal.SIG_DFL)
     run.world_size = 2
     monkeypatch.setattr(train.dist, "all_reduce", MagicMock(side_effect=InterruptedError("waits")))
     with pytest.raises(InterruptedError, match="waits"):

@@ -14,18 +14,17 @@ import copy
 import functools
 import glob
 import hashlib
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -45,11 +44,11 @@ from model import SIZES, BootMAE, load_vit, patchify, read_file, standardize, un
 # A recipe has a value for every setting of the method, and each has a flag of the same name.
 RECIPES = {"imagenet": dict(  # as published, for ViT-B
     model="base", img_size=224, patch_size=16, branch_init=1.0, decoder_dim=512, decoder_depth=2,
-    inject=(1, -1), feature_target=1, weighted_loss=1, mask="block", mask_ratio=0.75,
-    crop_scale=(0.2, 1.0), epochs=800, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4,
-    min_lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95), feature_ramp=0.25, momentum=None)}
+    inject=[1, -1], feature_target=1, weighted_loss=1, mask="block", mask_ratio=0.75,
+    crop_scale=[0.2, 1.0], epochs=800, warmup_epochs=40, batch_size=4096, base_lr=1.5e-4,
+    min_lr=1e-4, weight_decay=0.05, betas=[0.9, 0.95], feature_ramp=0.25, momentum=None)}
 RECIPES["imagenet_large"] = RECIPES["imagenet"] | dict(
-    model="large", min_lr=1e-5, momentum=(0.999, 0.9999, 0.9999))
+    model="large", min_lr=1e-5, momentum=[0.999, 0.9999, 0.9999])
 RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
     model="small", img_size=32, patch_size=4, branch_init=0.0, decoder_dim=192, epochs=300,
     warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0)
@@ -61,7 +60,7 @@ RECIPES["photos"] = RECIPES["imagenet"] | dict(
     mask="random", feature_ramp=1.0, epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3,
     min_lr=0.0)
 RECIPES["shapes"] = RECIPES["photos"] | dict(
-    model="nano", img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=(0.6, 1.0), epochs=15,
+    model="nano", img_size=64, patch_size=8, mask_ratio=0.6, crop_scale=[0.6, 1.0], epochs=15,
     warmup_epochs=1, batch_size=16, base_lr=16e-3)
 
 
@@ -125,11 +124,11 @@ def main(args: argparse.Namespace) -> None:
                                    feature_weight=feature_weight)
             if done == total_steps or epoch % args.picture_every == 0:
                 picture, quality = draw_reconstructions(model, gallery, run)
-                run.save_picture(picture, f"epoch_{epoch:04d}.png")
+                run.save(picture, f"epoch_{epoch:04d}.png")
                 values |= quality
                 warn_of_collapse(quality.get("teacher_rank", math.inf), run, done == total_steps)
             run.log_epoch(epoch, values, done)
-            meter.reset()
+            meter.sums.zero_()
         if stop or done == total_steps or rest == 0 and epoch % args.save_every == 0:
             run.save_weights(model.encoder, "encoder.pt")
             run.save_checkpoint(saved, done)
@@ -176,9 +175,11 @@ def view_and_mask(image: Image.Image, rng: random.Random, args: argparse.Namespa
 
 def open_images(args: argparse.Namespace, run: "Run"):
     """The images to train on, a source of `data.Samples`. ValueError if they are too few."""
-    run.check_out(*filter(None, [args.data]))
-    built_in = args.num_images or 2400
-    source = data.ImageFolder(args.data) if args.data else data.Shapes(built_in, args.img_size)
+    if args.data:
+        run.check_out(args.data)
+        source = data.ImageFolder(args.data)
+    else:
+        source = data.Shapes(args.num_images or 2400, args.img_size)
     if 0 < args.num_images < len(source):
         chosen = random.Random(args.seed).sample(range(len(source)), args.num_images)
         source = data.Subset(source, chosen)
@@ -371,12 +372,6 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
     backward_time = milliseconds(lambda: forward().backward()) - forward_time
     step = milliseconds(lambda: (forward().backward(), update()))
 
-    # The teacher's MLP has a matrix product of this size: what the device can do at best
-    tokens, width = batch * (1 + math.prod(model.grid)), SIZES[args.model]["embed_dim"]
-    a = torch.randn(tokens, width, device=run.device, dtype=run.dtype)
-    b = torch.randn(width, 4 * width, device=run.device, dtype=run.dtype)
-    matmul = 2 * a.numel() * 4 * width / milliseconds(lambda: a @ b) / 1e9     # TFLOP/s
-
     twin = copy.deepcopy(model).to("meta")  # counts the operations of one image without doing them
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         out = twin(images[:1].to("meta"), mask[:1])
@@ -388,7 +383,6 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
 
     speed = 1e3 * batch * run.world_size / step
     hours = args.epochs * len(samples) / speed / 3600
-    achieved = gflop * batch / step
     cuda = run.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{threads} CPU threads"
     run.print(f"{args.recipe} ({args.model}), batch {batch} a process, {run.world_size} x {name}, "
@@ -401,8 +395,7 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
         ("  backward", f"{backward_time:.4g}"),
         ("  optimizer and teacher update", f"{step - forward_time - backward_time:.4g}"),
         ("GFLOP an image", f"{gflop:.4g}"),
-        ("TFLOP/s a process", f"{achieved:.4g}"),
-        ("  share of a matrix product's", f"{100 * achieved / matmul:.3g} % of {matmul:.4g}"),
+        ("TFLOP/s a process", f"{gflop * batch / step:.4g}"),
         ("peak GPU memory a process, GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.3g}"),
         ("images/s a loading worker", f"{loading:.4g}"),
         ("  workers a process to keep up", f"{math.ceil(speed / run.world_size / loading)}"),
@@ -415,12 +408,12 @@ def benchmark(model: BootMAE, optimizer, scaler, samples: data.Samples, run: "Ru
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__, RECIPES["imagenet"])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     switch = dict(type=int, choices=(0, 1))
-    add("--data", type=nonempty, help="folder of images, at any depth; without it, built-in images")
+    add("--data", help="folder of images, at any depth; without it, built-in images")
     add("--recipe", choices=RECIPES, help="without it, imagenet with --data, else shapes")
-    add("--init", type=nonempty, help="start from the encoder in this file, of any known kind")
+    add("--init", help="start from the encoder in this file, of any known kind")
     add("--num_images", type=integer(0), default=0, help="how many (0: all; 2,400 if built in)")
     add("--model", choices=SIZES, help="size of the encoder")
     add("--img_size", type=integer(1), help="side of the square input")
@@ -441,7 +434,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "over 0.4, 4 and 40 %% of the steps")
     add("--picture_every", type=integer(1), default=5, help="epochs between pictures")
     add("--benchmark", action="store_true", help="time steps and loading; train nothing")
-    args = fill_in(parse(parser, RECIPES["imagenet"], argv), RECIPES)
+    args = fill_in(parser.parse_args(argv), RECIPES)
     args.out = args.out or os.path.join("output", args.recipe)
     return args
 
@@ -450,21 +443,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # What finetune.py needs as well: flags, learning rate, and the run around the loop
 
 
-def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
-    """A parser with the flags of both scripts, which shows `defaults` in its help."""
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str:
-            default = defaults.get(action.dest, action.default)
-            silent = any(default is value for value in (None, False, argparse.SUPPRESS))
-            return action.help + ("" if silent else f" (default: {default})")
-
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of both scripts. None stands for what the recipe says."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=Formatter, allow_abbrev=False,
-        epilog="Defaults are those of --recipe imagenet; RECIPES in the script has them all.")
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="RECIPES, in the script, has the values of flags not given.")
     parser.error = lambda message: fail(message.removeprefix("argument "))  # in one line
     add = parser.add_argument
-    add("--out", type=nonempty, help="folder for all that is written; without it, one in output/")
+    add("--out", help="folder for all that is written; without it, one in output/")
     add("--fresh", action="store_true", help="start over: old checkpoint, log and pictures go")
     add("--init_pixels", choices=("signed", "imagenet"), default="signed",
         help="--init: the file expects pixels of -1 .. 1, or scaled by ImageNet's mean and "
@@ -491,30 +477,21 @@ def make_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, recipe: dict, argv: list[str] | None) -> dict:
-    """The flags that were given, and the defaults of those that no recipe sets, by name."""
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in vars(parser.parse_args(argv)).items()
-            if value is not None or name not in recipe}
-
-
-def fill_in(given: dict, recipes: dict[str, dict]) -> argparse.Namespace:
-    """All settings: what was given, then what the recipe says."""
-    given["recipe"] = given["recipe"] or ("imagenet" if given["data"] else "shapes")
-    recipe = recipes[given["recipe"]]
-    args = argparse.Namespace(**recipe | given)
-    if "warmup_epochs" not in given:  # keeps its share of the run
+def fill_in(given: argparse.Namespace, recipes: dict[str, dict]) -> argparse.Namespace:
+    """All settings: what was given, and in place of None what the recipe says, if anything."""
+    given.recipe = given.recipe or ("imagenet" if given.data else "shapes")
+    recipe = recipes[given.recipe]
+    args = argparse.Namespace(**{
+        name: recipe.get(name) if value is None else value for name, value in vars(given).items()})
+    if given.warmup_epochs is None:  # keeps its share of the run
         args.warmup_epochs = recipe["warmup_epochs"] * args.epochs / recipe["epochs"]
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: give "
              "fewer")
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name} is empty: name a file or folder, or leave it out")
     return args
-
-
-def nonempty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: name a file or folder, or leave it out")
-    return text
 
 
 def bounded(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -542,11 +519,8 @@ def cosine_lr(progress: float, warmup: float, peak: float, end: float) -> float:
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def fail(message: str, code: int = 2, everywhere: bool = False):
-    """End with a line on stderr. Code 2: the call can't work. 1: something went wrong later.
-
-    Only local rank 0 prints. Set `everywhere` for an error that hits a single process.
-    """
+def fail(message: str, code: int = 1, everywhere: bool = False):
+    """End with a line on stderr, of local rank 0 unless the error may hit a single process."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
             # Not `print`, which writes the line break by itself, after another process's line.
@@ -671,8 +645,6 @@ class Run:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
             self.settings["init"] = f"with weights {digest[:8]}"
         self.claim_out()
-        if not self.fresh and self.resumes != os.path.exists(self.checkpoint):
-            fail(f"another run has written {self.checkpoint} meanwhile: give the command again")
         step = self.load(saved) if self.resumes else 0
         seen = self.gather([(step, images)])
         if len(set(seen)) > 1:  # they would wait for one another for ever
@@ -683,9 +655,8 @@ class Run:
                    f"{self.dtype or torch.float32}, {total_steps - step} of {total_steps} steps")
         if step >= total_steps:
             self.print("this run is finished; --fresh starts it over, more --epochs make it longer")
-        else:
-            self.save(json.dumps(vars(self.args), indent=1).encode(), "config.json")
-            self.save_log()  # a killed run may have logged an epoch after its checkpoint
+        self.save(json.dumps(vars(self.args), indent=1).encode(), "config.json")
+        self.save_log()  # a killed run may have logged an epoch after its checkpoint
         self.began, self.began_step = time.time(), step
         return step
 
@@ -699,15 +670,16 @@ class Run:
         try:
             os.makedirs(self.args.out, exist_ok=True)
             self.lock = open(os.path.join(self.args.out, ".lock"), "w")
+            import fcntl  # Windows has none
+            # The kernel drops the lock when this process ends; its workers don't inherit it.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            fail(f"--out {self.args.out} is in use by another run: wait for it, or give another "
+                 "--out (to start several processes, use torchrun)")
         except OSError as error:
             fail(f"--out {self.args.out}: {error.strerror}")
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-            try:  # the kernel drops the lock when this process ends; its workers don't inherit it
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                fail(f"--out {self.args.out} is in use by another run: wait for it, or give "
-                     "another --out (to start several processes, use torchrun)")
         old = glob.glob("*.tmp", root_dir=self.args.out)  # a kill left them
         if self.fresh:
             old += glob.glob("epoch_*.png", root_dir=self.args.out)
@@ -725,8 +697,7 @@ class Run:
             if "init" not in now:  # that file is gone, and not needed
                 was.pop("init", None)
             if changed := [name for name in was | now if was.get(name) != now.get(name)]:
-                words = [f"{'' if name == 'images' else '--'}{name} {was.get(name)} "
-                         f"(now {now.get(name)})" for name in changed]
+                words = [f"{name} {was.get(name)} (now {now.get(name)})" for name in changed]
                 fail(f"{self.checkpoint} was trained with {', '.join(words)}: give the same, or "
                      "another --out, or --fresh")
             for name, part in saved.items():
@@ -742,11 +713,9 @@ class Run:
     def wrap(self, model: nn.Module, broadcast_buffers: bool = False) -> nn.Module:
         """`model` in DDP and torch.compile, if asked for; the wrapper shares its parameters."""
         if self.world_size > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13: of broadcast_buffers
-                # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
-                model = nn.parallel.DistributedDataParallel(
-                    model, broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True)
+            # No device_ids: DDP would move the mask to the GPU, and BootMAE.split would wait.
+            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model.broadcast_buffers = broadcast_buffers  # torch 2.13 warns of it as an argument
         return torch.compile(model) if self.args.compile else model
 
     def loader(self, samples: data.Samples, batches) -> torch.utils.data.DataLoader:
@@ -788,9 +757,8 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Sum of a tensor over the processes; the same on each."""
+        """Sum a tensor over the processes, in place; the same on each."""
         if self.world_size > 1:
-            x = x.clone()
             dist.all_reduce(x)
         return x
 
@@ -803,28 +771,23 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether a process has received a signal. The flag is on the CPU; no GPU is waited for."""
-        if self.world_size == 1:
-            return self.signal > 0
         flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         self.signal = self.signal or int(flag)  # not back to 0: one may have arrived meanwhile
         return int(flag) > 0
 
     def check_finite(self, model: nn.Module, scaler: torch.amp.GradScaler, losses: dict) -> None:
-        """End the run rather than save weights that are not finite over good ones.
-
-        In fp16, gradients that are not finite halve the scaler's scale, and no step is taken.
-        """
-        if scaler.is_enabled() and scaler.get_scale() < 2**-20:
-            wrong = "gradients are never finite in fp16, so no step was taken of late"
-        elif not nn.utils.get_total_norm(model.parameters()).isfinite():
-            wrong = "weights are no longer finite"
-        elif not scaler.is_enabled() and not all(map(math.isfinite, losses.values())):
-            wrong = "no loss of this epoch was finite"
+        """End the run rather than save weights that are not finite over good ones."""
+        norm = nn.utils.get_total_norm(model.parameters())
+        if scaler.is_enabled():  # gradients that are not finite halve its scale; no step is taken
+            wrong = scaler.get_scale() < 2**-20
         else:
-            return
-        fail(f"{wrong}; nothing was saved over {self.checkpoint}. A lower learning rate, a longer "
-             "warm-up or --amp bf16 may help", code=1)
+            wrong = not all(map(math.isfinite, losses.values()))
+        if wrong or not norm.isfinite():
+            fail("weights, losses or gradients are not finite; nothing was saved over "
+                 f"{self.checkpoint}. A lower learning rate, a longer warm-up or --amp bf16 may "
+                 "help")
 
     def images_per_s(self, done: int) -> float:
         """Images a second since the last line of the log; call it before anything but training."""
@@ -838,23 +801,26 @@ class Run:
         self.began, self.began_step = time.time(), done
 
     def stop(self, step: int):
-        if self.world_size > 1:  # wait for rank 0 to have saved: torchrun ends all when one ends
-            dist.all_reduce(torch.tensor(0))
-        same = "the same command, without --fresh," if self.args.fresh else "the same command"
-        fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; "
-             f"{self.checkpoint} holds it, {same} goes on", code=128 + self.signal)
+        self.all_reduce_sum(torch.tensor(0))  # rank 0 saves first: torchrun ends all when one ends
+        fail(f"stopped by {signal.Signals(self.signal).name} after step {step}; {self.checkpoint} "
+             "holds it, the same command (without --fresh) goes on", code=128 + self.signal)
 
     # ---- files, written by rank 0
 
     def save(self, content, name: str) -> None:
-        """Write bytes, or what torch.save takes, to a file in --out: all of it, or nothing."""
+        """Write bytes, a picture or what torch.save takes to a file in --out: all, or nothing."""
         if not self.is_main:
             return
         path = os.path.join(self.args.out, name)
         part = f"{path}.{os.getpid()}.tmp"
         try:
             with open(part, "wb") as file:
-                file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                elif isinstance(content, Image.Image):
+                    content.save(file, "png")
+                else:
+                    torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -862,7 +828,7 @@ class Run:
             with contextlib.suppress(OSError):
                 os.remove(part)
             reason = error.__context__ or error
-            fail(f"could not save {path} ({reason}); what was saved before is whole", code=1)
+            fail(f"could not save {path} ({reason}); what was saved before is whole")
 
     def save_weights(self, model: nn.Module, name: str, **more) -> None:
         """Save a state_dict, on the CPU, so that loading it needs no GPU; with `more`, a dict."""
@@ -870,19 +836,14 @@ class Run:
             state = {key: x.cpu() for key, x in model.state_dict().items()}
             self.save(dict(model=state, **more) if more else state, name)
 
-    def save_picture(self, picture: Image.Image, name: str) -> None:
-        file = io.BytesIO()
-        picture.save(file, "png")
-        self.save(file.getvalue(), name)
-
     def save_log(self) -> None:
         self.save("".join(json.dumps(line) + "\n" for line in self.log).encode(), "log.jsonl")
         if self.log and self.is_main:
-            self.save_picture(draw_curves(self.log), "curves.png")
+            self.save(draw_curves(self.log), "curves.png")
 
     def save_checkpoint(self, saved: dict, step: int) -> None:
         """Save checkpoint.pt. Call it last, when the other files of this step have been written."""
-        state = {name: part.state_dict() for name, part in saved.items()}  # Meter needs all ranks
+        state = {name: part.state_dict() for name, part in saved.items()}
         self.save(state | dict(step=step, log=self.log, settings=self.settings), "checkpoint.pt")
 
 
@@ -893,46 +854,34 @@ def _start_worker(number: int) -> None:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
-class Meter:
+class Meter(nn.Module):
     """Means of an epoch's losses over all processes. Sums are on the device: `add` never waits."""
 
     def __init__(self, run: Run, *names: str):
+        super().__init__()
         self.run, self.names = run, names
-        self.share = 1 / (run.world_size * run.args.accum_steps)  # of a step, in a part of it
-        self.sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
+        self.register_buffer("sums", sums)  # over steps; the last one counts them
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one of them is not finite, none is added."""
         row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()  # (names + 1,)
-        self.sums += self.share * torch.where(row.isfinite().all(), row, 0)
+        self.sums += torch.where(row.isfinite().all(), row, 0) / self.run.args.accum_steps
 
     def means(self) -> dict[str, float]:
-        *sums, count = self.run.all_reduce_sum(self.sums).tolist()
+        """Call it before saving: it gives every process the mean of all processes' sums."""
+        *sums, count = self.run.all_reduce_sum(self.sums).div_(self.run.world_size).tolist()
         return {name: value / count if count else math.nan for name, value in zip(self.names, sums)}
-
-    def reset(self) -> None:
-        self.sums.zero_()
-
-    def state_dict(self) -> dict:
-        return {"sums": self.run.all_reduce_sum(self.sums).cpu()}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.run.is_main:  # one process keeps the sums, because `means` adds those of all
-            self.sums.copy_(state["sums"])
 
 
 MAX_PIXELS = 200_000_000  # of a photo: some phones take as many, and Pillow warns above 89 million
 
-# Words in an error's text, and the line that a user gets instead of the traceback.
+# A pattern in an error's text, and the line that a user gets instead of the traceback.
 CURES = {
-    "CUDA out of memory": "out of GPU memory: in training, twice the --accum_steps halves the "
-                          "images held at a time",
-    "can't allocate memory": "out of memory: twice the --accum_steps halves the images held at a "
-                             "time; fewer --workers help, too",
-    "DataLoader worker (pid": "a loading process was killed, perhaps for memory: try fewer "
-                              "--workers, or in Docker more shared memory (--ipc=host)",
-    "shared memory": "too little shared memory for loading processes: --ipc=host in Docker, or "
-                     "--workers 0",
+    "out of memory|can't allocate memory": "out of memory: twice the --accum_steps halves the "
+                                           "images held at a time; fewer --workers help, too",
+    r"DataLoader worker \(pid|shared memory": "a loading process lacks memory: try fewer "
+                                              "--workers, and in Docker --ipc=host",
     "compiler": "--compile needs a C++ compiler such as g++ (and on a GPU Triton): install it, or "
                 "leave --compile out",
     "by peer": "another process has ended, so this one can't go on",  # whose own message says why
@@ -958,11 +907,11 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         for words, cure in CURES.items():
-            if words in text:
-                fail(cure, code=1, everywhere=words != "by peer")
+            if re.search(words, text):
+                fail(cure, everywhere=words != "by peer")
         if isinstance(error, (OSError, MemoryError)):
             line = (str(error) or text).strip().splitlines()[-1]  # a worker's is the last of many
-            fail(line.removeprefix("OSError: "), code=1, everywhere=True)
+            fail(line.removeprefix("OSError: "), everywhere=True)
         with contextlib.suppress(OSError):  # stderr may be a closed pipe
             traceback.print_exc()
         raise SystemExit(code) from None
