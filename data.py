@@ -376,7 +376,6 @@ class Samples(torch.utils.data.Dataset):
         epoch, wanted = divmod(key, len(self))
         index = wanted
         for attempt in range(10):
-            # With `index` in place of `wanted`, two broken files could replace each other forever.
             rng = random.Random(f"{self.seed} {epoch} {wanted + attempt * len(self)}")
             try:
                 image, label = self.source.open(index), int(self.source.labels[index])

@@ -770,6 +770,7 @@ def rows_hiding(*counts):
     (lambda: ViT(**SMALL)(torch.zeros(1, 3, 20, 20)), "img_size="),
     (lambda: load_vit("x.pt", pixels="0..1"), "signed or imagenet"),
     (lambda: random_mask(2, 6, 7), "cannot mask 7 of 6"),
+    (lambda: block_mask(2, (2, 3), -1), "cannot mask -1 of 6"),
     (lambda: loss_weight(torch.zeros(2, 5, dtype=torch.bool), (2, 3)), "2 x 3 grid needs"),
 ])
 def test_wrong_input_is_named(call, message):
@@ -793,6 +794,8 @@ def files(tmp_path_factory):
     model = BootMAE(img_size=32, patch_size=8, **SIZES["nano"], decoder_dim=64)
     model.teacher.load_state_dict(small_vit().state_dict())  # of another seed
     encoder, classifier = model.encoder.state_dict(), small_vit(num_classes=12).state_dict()
+    for n in range(4):
+        classifier[f"blocks.{n}.attn.qkv.bias"][:128] = 1  # q's
     parts = model.encoder, model.regressor, model.predictor
     official = {"model": to_official(*(part.state_dict() for part in parts)),
                 "model_ema": split_biases(model.teacher.state_dict())}
@@ -1031,6 +1034,8 @@ def test_shapes_are_of_many_classes_in_turn_and_all_differ():
     means = np.stack([light[:360][labels[:360] == c].mean(axis=0) for c in classes])
     distances = ((light[360:, None] - means) ** 2).sum(axis=(2, 3))
     assert (distances.argmin(axis=1) == labels[360:]).mean() > 0.5
+    red = (images[..., 0] - light).mean(axis=(1, 2))  # tells nothing
+    assert np.std([red[labels == c].mean() for c in classes]) < 0.4 * red.std()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1107,6 +1112,8 @@ KINDS = {
     "unsigned.tif": (tiff(quarters(LEVELS[:, None] * np.uint32(2**24))), LEVELS),
     "a fourth band of no kind.tif": (tiff(RGBA_PIXELS, t338=0), COLOURS),
     "a fourth band without a word.tif": (tiff(RGBA_PIXELS), COLOURS),
+    "multiplied.tif": (tiff(quarters(np.uint8(np.c_[COLOURS * (VEIL[:, None] / 255), VEIL])),
+                            t338=1), COLOURS, VEIL),
     "rgb_16.png": (png_16(quarters(DEEP_RGB)), STRETCHED),
     "rgba_16.png": (png_16(DEEP_RGBA), STRETCHED, VEIL),
     "la_16.png": (png_16(quarters(np.c_[DEEP, VEIL * np.uint16(257)])), LEVELS, VEIL),
@@ -1264,6 +1271,7 @@ def test_operations_of_rand_augment():
             out = data.RAND_AUGMENT[name](PHOTO, abs(s), s)
             expected = operation(PHOTO, number)
             assert np.abs(np.subtract(out, expected, dtype=int)).max() <= 1, name
+    assert data.RAND_AUGMENT["posterize"](PHOTO, 1, 1) == ImageOps.posterize(PHOTO, 1)  # never 0
 
 
 @pytest.mark.parametrize("magnitude", [0.2, 5, 9.9])
@@ -1283,7 +1291,7 @@ def test_rand_augment_draws_operations_magnitudes_and_signs(monkeypatch, magnitu
     assert calls == expected
 
 
-@pytest.mark.parametrize("H, W", [(24, 36), (8, 60)])
+@pytest.mark.parametrize("H, W", [(36, 24), (8, 60)])
 def test_random_erasing_matches_the_definition(H, W):
     """Also where many rectangles do not fit: their sides end at the image's."""
     images, expected = torch.full((300, 3, H, W), 100.0), torch.zeros(300, 3, H, W).bool()
@@ -1368,8 +1376,10 @@ def test_a_broken_image_is_named_once_and_replaced_by_another_one_each_epoch(
 def test_photos_of_200_megapixels_are_opened_without_a_warning(
         tmp_path, monkeypatch, recwarn, in_a_worker):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", install := MagicMock())
     train._start_worker(0) if in_a_worker else train.launch(print, None)
+    ignored = {(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)}
+    assert not in_a_worker or {one.args for one in install.mock_calls} == ignored
     Image.new("1", (16_000, 12_500)).save(tmp_path / "large.png")
     with data.ImageFolder(tmp_path).open(0) as image:
         assert image.width == 16_000
@@ -1379,8 +1389,9 @@ def test_photos_of_200_megapixels_are_opened_without_a_warning(
 def test_errors_that_are_not_of_a_file_are_raised(capsys):
     shapes, broken = data.Shapes(3, 8), PermissionError(errno.EACCES, "no")
     for error in MemoryError(), OSError(errno.EMFILE, "no"), OSError(errno.EIO, "no"):
-        with patch.object(data.Shapes, "open", side_effect=error), pytest.raises(type(error)):
+        with patch.object(data.Shapes, "open", side_effect=error), pytest.raises(type(error)) as it:
             data.Samples(shapes, view_and_draw)[0]
+        assert it.value is error
     with patch.object(data.Shapes, "open", side_effect=broken):
         assert data.Samples(shapes, view_and_draw, replace=False)[0][2] == -1
     assert "'shape 0' (PermissionError: [Errno 13] no); it is left out" in capsys.readouterr().err
@@ -1775,10 +1786,13 @@ def test_losses_that_are_never_finite_end_the_run(capsys):
     meter.sums.zero_()
     meter.add(torch.tensor(math.nan))
     run.check_finite(small_vit(), Scaler(), meter.means())
+    (broken := small_vit()).cls_token.data.fill_(math.nan)
     for scaler in Scaler(enabled=False), Scaler(init_scale=2**-21):
         with pytest.raises(SystemExit, match="1"):
             run.check_finite(small_vit(), scaler, meter.means())
         assert "are not finite" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):  # of weights, too
+        run.check_finite(broken, Scaler(), {"loss": 1.0})
 
 
 def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path, capsys):
@@ -1917,6 +1931,10 @@ def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, 
         train.launch(MagicMock(side_effect=error), None)
     line, = capsys.readouterr().err.splitlines()
     assert words in line
+    monkeypatch.setenv("LOCAL_RANK", "1")  # which says only what may have hit it alone
+    with pytest.raises(SystemExit, match="1"):
+        train.fail("once")
+    assert not capsys.readouterr().err
 
 
 def test_a_closed_or_narrow_stdout_does_not_end_a_run(tmp_path):
@@ -1940,8 +1958,8 @@ def test_machines_without_affinity_run_on_the_cpu(monkeypatch):
 
 def test_weights_and_pixels_of_a_file_arrive_in_pretraining(unbroken, tmp_path, capsys):
     """ImageNet's pixels change the patch embedding. A rate of 0 leaves weights as they were."""
-    flags = [*TRAIN, "--init", unbroken / "encoder.pt", "--epochs", 1, "--base_lr", 0]
-    flags += ["--init_pixels", "imagenet", "--num_heads", 2, "--out", tmp_path]
+    flags = [*TRAIN, "--init", unbroken / "encoder.pt", "--epochs", 1, "--base_lr", 0, "--momentum",
+             1, 1, 1, "--init_pixels", "imagenet", "--num_heads", 2, "--out", tmp_path]
     assert "--patch_size" in refused(capsys, train, *flags, "--patch_size", 4)
     call(train, *flags)
     assert load_vit(tmp_path / "checkpoint.pt").blocks[0].attn.num_heads == 2
@@ -1970,9 +1988,15 @@ def test_folders_that_make_no_data_set_are_refused(tmp_path, capsys, sets, words
 def test_evaluation_needs_no_training_images_and_takes_no_class_for_another(tmp_path, capsys):
     """It has the classifier's image size, 32, not the recipe's."""
     folder, run = class_folders(tmp_path / "a", train="cat dog", test="cat"), tmp_path / "run"
-    call(finetune, *FOLDERS, "--scratch", "--data", folder, "--out", run)
+    (folder / "test" / "cat" / "0.png").write_text("no image")
+    flags = [*FOLDERS, "--scratch", "--data", folder, "--crop_ratio", 0.5, "--out"]
+    assert "lies inside" in refused(capsys, finetune, *flags, folder / "test")
+    call(finetune, *flags, run)
+    assert Image.open(run / "predictions.png").getpixel((2 * 152 + 6, 6)) == (255, 255, 255)
     flags = ["--recipe", "shapes", "--workers", 0, "--eval", "--init", run / "best.pt"]
-    call(finetune, *flags, "--data", class_folders(tmp_path / "b", val="cat dog"))
+    with patch.object(data, "center_crop", wraps=data.center_crop) as crop:
+        call(finetune, *flags, "--data", class_folders(tmp_path / "b", val="cat dog"))
+    assert {one.args[2] for one in crop.mock_calls} == {0.5}  # as in training
     said = capsys.readouterr().out
     assert json.loads(said.splitlines()[-1])["images"] == 6 and "interpolated" not in said
     assert "a head for 2 classes, and --data has 12" in refused(capsys, finetune, *flags)
@@ -2010,6 +2034,7 @@ def test_settings_that_may_change_are_those_of_the_new_call(unbroken, tmp_path):
              *changed.split())
     checkpoint = load(tmp_path / "checkpoint.pt")
     assert checkpoint["step"] == 12 and checkpoint["scaler"]["scale"] > 0
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == 2
     last = 0.001 + 0.003 * (1 + math.cos(math.pi * (11 / 12 - 1 / 2) / (1 / 2))) / 2
     assert checkpoint["log"][-1]["lr"] == pytest.approx(last)
 
@@ -2036,8 +2061,12 @@ def test_text_of_a_tile_has_no_line_break_and_ends_before_the_next_tile():
     assert a == b and (np.asarray(long)[:, 156:] == 255).all()
 
 
+EXTRACT = finetune.extract  # several processes give another order than that of the names
+
+
 @pytest.mark.parametrize("depth", [0, 2])
-def test_features_of_a_folder(unbroken, photos, tmp_path, depth):
+def test_features_of_a_folder(unbroken, photos, tmp_path, monkeypatch, depth):
+    monkeypatch.setattr(finetune, "extract", lambda *args: [x.flip(0) for x in EXTRACT(*args)])
     flags = ["--init", unbroken / "encoder.pt", "--features", photos / "val", "--depth", depth]
     flags += ["--crop_ratio", 0.5, "--workers", 0, "--amp", "off", "--out", tmp_path]
     call(finetune, *flags)
@@ -2049,8 +2078,9 @@ def test_features_of_a_folder(unbroken, photos, tmp_path, depth):
     near(torch.tensor(features), expected, atol=1e-4)
 
 
-def test_predictions(photos, tmp_path, capsys):
+def test_predictions(photos, tmp_path, capsys, monkeypatch):
     """Classes and crop are those in the file of the classifier; the size is not."""
+    monkeypatch.setattr(finetune, "extract", lambda *args: [x.flip(0) for x in EXTRACT(*args)])
     names, start, out = ["ape", "bee", "cat, black", "dog"], tmp_path / "best.pt", tmp_path / "out"
     model = small_vit(num_classes=4)
     model.head.weight.data *= 1000
@@ -2070,9 +2100,14 @@ def test_predictions(photos, tmp_path, capsys):
     assert [row[1::2] for row in rows] == [[names[n] for n in best] for best in classes.tolist()]
     near(torch.tensor([[float(x) for x in row[2::2]] for row in rows]), values, atol=2e-3)
     assert Image.open(out / "predictions.png").size == (8 * 152, 4 * 188)
-    torch.save(model.state_dict(), start)  # without names of classes
-    call(finetune, *flags, out)
-    assert {row[1] for row in read_table(out / "predictions.csv")[1:]} <= set("0123")
+    torch.save(small_vit(num_classes=2).state_dict(), start)  # without names of classes
+    odd = class_folders(tmp_path, odd="a") / "odd"
+    (odd / "a" / "0.png").rename(odd / "a" / os.fsdecode(b"\xff.png"))
+    assert "lies inside" in refused(capsys, finetune, "--predict", odd, *flags[2:], odd / "x")
+    call(finetune, "--predict", odd, *flags[2:], out)
+    header, *rows = (line.split(b",") for line in (out / "predictions.csv").read_bytes().split())
+    assert len(header) == 5 and rows[2][0] == b"a/\xff.png"
+    assert {row[1] for row in rows} <= {b"0", b"1"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2149,6 +2184,7 @@ def test_recipes(module):
         start = ["--scratch"] if module is finetune else []
         args = module.parse_args([*start, "--recipe", *flags.split()])
         assert {name: getattr(args, name) for name in expected} == expected, flags
+    assert module.parse_args([*start, "--data", "x"]).recipe == "imagenet"
 
 
 def test_flags_that_are_named_exist(capsys):
@@ -2422,10 +2458,12 @@ def test_files_are_on_the_disk_before_they_take_their_names(tmp_path, monkeypatc
 
 def test_settings_that_must_match_are_refused(unbroken, tuned, tmp_path, capsys):
     """All of a recipe but what may change; and of --init and --data, what they hold."""
-    may_change, others = {"epochs", "warmup_epochs", "lr", "base_lr", "min_lr"}, {"seed", "images"}
+    may_change = {"epochs", "warmup_epochs", "lr", "base_lr", "min_lr"}
+    others = {"seed", "images", "init_pixels", "num_heads"}
     for module, out, more in (train, unbroken, "num_images"), (finetune, tuned, "teacher"):
         must_match = {*module.RECIPES["shapes"], *others, more} - may_change
-        assert must_match <= load(out / "checkpoint.pt")["settings"].keys()
+        settings = load(out / "checkpoint.pt")["settings"].keys()
+        assert must_match <= settings and not settings & {"workers", "device", "log_every"}
     class_folders(tmp_path, images="a b c")
     weights, start = load(unbroken / "encoder.pt"), tmp_path / "encoder.pt"
     torch.save(weights | {"cls_token": 2 * weights["cls_token"]}, start)

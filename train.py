@@ -861,12 +861,12 @@ class Meter(nn.Module):
         super().__init__()
         self.run, self.names = run, names
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
-        self.register_buffer("sums", sums)  # over steps; the last one counts them
+        self.register_buffer("sums", sums)  # of each loss, and of the calls of `add`
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one of them is not finite, none is added."""
         row = torch.stack([*losses, torch.ones_like(losses[0])]).detach()  # (names + 1,)
-        self.sums += torch.where(row.isfinite().all(), row, 0) / self.run.args.accum_steps
+        self.sums += torch.where(row.isfinite().all(), row, 0)
 
     def means(self) -> dict[str, float]:
         """Call it before saving: it gives every process the mean of all processes' sums."""
