@@ -284,9 +284,10 @@ def rand_augment(image: Image.Image, rng: random.Random, magnitude: float = 9) -
 def random_erasing(images: Tensor, rng: random.Random, probability: float = 0.25) -> Tensor:
     """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
 
-    Its area is 2 to 33 % of the image, uniform, its height / width 0.3 to 1 / 0.3, log-uniform.
-    Comes after normalisation, so that the noise looks like the data, and before `mixup_cutmix`, so
-    that labels are mixed by the pixels as they were before any noise.
+    Its area is 2 % to a third of the image, uniform, its height / width 0.3 to 1 / 0.3,
+    log-uniform; sides that would not fit are the image's. Comes after normalisation, so that the
+    noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by the pixels as
+    they were before any noise.
 
     Takes float (B, 3, H, W) on any device, without waiting for it; returns a copy. Rectangles come
     from `rng`, noise from torch's default generator.

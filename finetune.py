@@ -10,8 +10,8 @@
     python finetune.py --features DIR --init output/imagenet/encoder.pt
 
 --data holds train/ and val/ (or test/), each with a folder for each class. --init takes this
-project's encoder.pt, checkpoint.pt and best.pt, the authors' files, MAE's, and timm's ViT state
-dicts; the network has the sizes found there.
+project's encoder.pt, checkpoint.pt and best.pt (but no probe's), the authors' files, MAE's, and
+timm's ViT state dicts; the network has the sizes found there.
 """
 import argparse
 import copy
@@ -56,7 +56,7 @@ RECIPES["photos"] = RECIPES["cifar10"] | NO_AUGMENTATION | dict(
 RECIPES["shapes"] = RECIPES["photos"] | dict(
     model="nano", img_size=64, patch_size=8, lr=2e-3, crop_scale=[0.6, 1.0], labels_per_class=20)
 
-# The linear probe of the paper, which LARS trains, with a rate of 0.1 (ViT-L: 0.07) for 256 images
+# The linear probe of the paper, which LARS trains: lr is 0.1 (ViT-L: 0.07) * batch_size / 256
 PROBE = NO_AUGMENTATION | dict(lr=6.4, min_lr=0.0, warmup_epochs=10, epochs=90, batch_size=16384,
                                weight_decay=0.0, smoothing=0.0, model_ema=0.0)
 PROBES = {name: RECIPES[name] | PROBE | own for name, own in {
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
 
     fingerprint = f"{source.fingerprint} to train, {held_out.fingerprint} to validate"
     start = run.start(saved, total_steps, fingerprint)
-    # The processes' BatchNorm statistics are kept alike by taking those of rank 0.
+    # A step starts from rank 0's BatchNorm statistics; until the next, the processes' may differ.
     network = run.wrap(model, broadcast_buffers=args.mode == "linear")
     batches = run.batches(samples, start)
 
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
                 images = data.random_erasing(images, rng, args.erasing)
             images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
                 images, labels, num_classes, rng, args.mixup, args.cutmix, args.smoothing)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: the last part
+            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: send now?
             with run.autocast():
                 logits = network(images)                # (b, num_classes)
             loss = F.cross_entropy(logits.float(), targets)
@@ -234,7 +234,7 @@ def to_device(images: Tensor, run: train.Run) -> Tensor:
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts (3,): images whose label has the highest score, one of the best five, and all images.
+    """Counts (3,): images whose label has the highest score, one of the best five, and all of them.
 
     scores (b, num_classes), labels (b,) int64; -1, of an unreadable image, counts nowhere.
     """
@@ -469,8 +469,8 @@ def open_images(args: argparse.Namespace, run: train.Run):
             source = data.ImageFolder(folder)
             val = data.ImageFolder(held_out, source.classes)
         if len(source.classes) < 2 or min(source.labels.min(), val.labels.min()) < 0:
-            raise ValueError(f"--data {args.data}: needs two classes or more, with all images in "
-                             "train/CLASS/ and val/CLASS/")
+            raise ValueError(f"--data {args.data}: needs two classes or more, and all images in "
+                             "folders of classes, as in train/CLASS/")
     else:  # validation images have numbers that pretraining never sees
         size = args.img_size or 64
         source = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), size)
@@ -575,7 +575,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch_init", type=real(0), help="--scratch: initial scale of residual branches")
     add("--depth", type=integer(0),
         help="--linear, --knn, --features: use the output of this block, from 1 (0: the last)")
-    add("--lr", type=real(0), help="peak learning rate")
+    add("--lr", type=real(0), help="peak learning rate, whatever the --batch_size")
     add("--layer_decay", type=real(0.001, 1), help="learning rate of a block, over the next one's")
     add("--drop_path", type=real(0, 0.99), help="chance to skip a branch, in the last block")
     add("--rand_augment", type=real(0, 10), help="magnitude (0: off)")
@@ -601,9 +601,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "and --features")
     if not args.scratch:
         args.init = args.init or os.path.join("output", args.recipe, "encoder.pt")
-        if given.model or given.patch_size:
-            train.fail("--model and --patch_size are for --scratch: with --init the file decides "
-                       f"({args.init})")
+        if given.model or given.patch_size or given.branch_init is not None:
+            train.fail("--model, --patch_size and --branch_init are for --scratch: with --init the "
+                       f"file decides ({args.init})")
         args.model = args.patch_size = args.branch_init = None
         args.img_size = given.img_size
     if args.mode in ("eval", "predict", "features"):

@@ -28,7 +28,7 @@ def block_mask(
     """Mask rectangles up to 120 / 196 of the grid, then random patches up to `num_masked`.
 
     A rectangle has 16 to 60 of 14 x 14 patches, as published, or as large a share of another grid.
-    Its height / width is log-uniform from 0.3 to 1 / 0.3. One that would overshoot is left out.
+    Its height / width is log-uniform from 0.3 to 1 / 0.3. One that overshoots is left out.
     Returns bool (batch, rows * columns). ValueError unless 0 <= num_masked <= rows * columns.
     """
     rows, columns = grid

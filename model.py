@@ -514,12 +514,12 @@ def load_vit(
 
     path: an encoder.pt, best.pt or checkpoint.pt of this project, or a file of the authors, of MAE,
     or timm's state_dict of a plain ViT, as .safetensors too. img_size: None takes the file's; for
-    any other, positions are interpolated. num_classes: None takes the file's (an encoder if it has
-    no head), another number a new head, 0 no head. teacher: take the teacher's weights from a
-    pretraining checkpoint. num_heads: None takes that of a best.pt or checkpoint.pt; other files
-    have none, so then that of SIZES for the width and depth found. pixels: "imagenet" for weights
-    that were trained on pixels normalised with ImageNet's mean and deviation, which is folded into
-    the patch embedding; "signed" for others.
+    any other, positions are interpolated. num_classes: None, or as many as the file has, takes its
+    head, if there is one; another number a new head, 0 no head. teacher: take the teacher's weights
+    from a pretraining checkpoint. num_heads: None takes that of a best.pt or checkpoint.pt; other
+    files have none, so then that of SIZES for the width and depth found. pixels: "imagenet" for
+    weights that were trained on pixels normalised with ImageNet's mean and deviation, which is
+    folded into the patch embedding; "signed" for others.
     report: called with a line that says what was loaded, left out and new.
     Raises ValueError, naming the file and what to do, if it is no such file or fits no ViT.
     """
@@ -531,7 +531,8 @@ def load_vit(
         embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         known = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-        own = content.get("num_heads") or content.get("settings", {}).get("num_heads")
+        settings = content.get("settings", {})  # of finetune.py: the sizes found in --init, too
+        own = content.get("num_heads") or settings.get("sizes", settings).get("num_heads")
         num_heads = num_heads or own or known.get((embed_dim, depth))
         if num_heads is None:
             raise ValueError(f"has {depth} blocks of width {embed_dim}, and none of model.py's "
@@ -589,6 +590,8 @@ def _find_weights(content: dict, teacher: bool) -> tuple[dict[str, Tensor], bool
         raise ValueError("holds no state_dict of a ViT")
     while len({key.split(".")[0] for key in state}) == 1 and all("." in key for key in state):
         state = {key.partition(".")[2]: x for key, x in state.items()}  # module., _orig_mod. etc.
+    if any(key.startswith("features.encoder.") for key in state):
+        raise ValueError("is of a linear probe: give fine-tuning's best.pt, or an encoder.pt")
     if any("patch_embeddings." in key for key in state):
         raise ValueError("has transformers' names: take timm's file of the model, or convert them")
     pretraining = "regressor.mask_token" in state  # a checkpoint.pt of train.py
@@ -637,7 +640,7 @@ def _find_grid(positions: Tensor, wanted: tuple[int, int] | None) -> tuple[int, 
 
 
 def _copy(state: dict[str, Tensor], vit: ViT, head: bool) -> str:
-    """Copy into `vit`, and say what. Only norms and head may be new, the latter unless `head`."""
+    """Copy into `vit`, and say what. Norms and head may be new. head: whether to take that, too."""
     own = vit.state_dict()
     new = {key for key in own if key.startswith("head.") and not head
            or key.startswith(("norm.", "fc_norm.", "head.")) and key not in state}

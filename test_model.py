@@ -856,6 +856,7 @@ FOREIGN = """patch_embed.proj.0.weight dist_token reg_token blocks.0.attn.q_proj
     ("pos_embed", (1, 16, 128), "pos_embed has 16 positions, a square: none for CLS"),
     ("pos_embed", (1, 18, 128), "has 18 positions, not one for CLS and a square; if its images"),
     ("cls_token", None, "no cls_token"),
+    ("features.encoder.cls_token", (1, 1, 128), "is of a linear probe"),
     ("blocks.2.norm1.bias", None, 'Missing key(s) in state_dict: "blocks.2.norm1.bias"'),
     ("blocks.1.mlp.fc1.weight", (256, 128), "size mismatch for blocks.1.mlp.fc1.weight"),
     ("blocks.5.norm1.bias", (128,), "has 6 blocks of width 128"),
@@ -886,6 +887,9 @@ def test_load_vit_takes_head_and_sizes_from_the_file_or_the_caller(tmp_path):
         load_vit(path)
     assert torch.equal(load_vit(path, num_heads=8, report=said.append)(images), shallow(images))
     assert "; 8 heads" in said[0]
+    settings = {"num_heads": None, "sizes": {"num_heads": 8}}  # of a fine-tuned encoder of 8
+    torch.save({"model": shallow.state_dict(), "settings": settings}, path)
+    assert load_vit(path).blocks[0].attn.num_heads == 8
 
 
 def test_imagenet_pixels_are_folded_into_the_patch_embedding(tmp_path):
@@ -1825,6 +1829,7 @@ def test_ten_unreadable_images_in_a_row_end_the_run_in_one_line(tmp_path, capsys
     ("--init encoder.pt --eval", "is no classifier"), ("--scratch --init x", "--init: not allowed"),
     ("--scratch --knn --depth 9", "--depth 9"), ("--scratch --linear --accum_steps 8", "needs two"),
     ("--scratch --batch_size 64", "64 is"), ("--init encoder.pt --patch_size 8", "--patch_size"),
+    ("--init encoder.pt --branch_init 0", "--branch_init are for --scratch"),
     ("--init gray.pt --init_pixels imagenet", "gray.pt has 1 channels"),
     ("--init best.pt --init_pixels imagenet", "leave --init_pixels imagenet out"),
     ("--init encoder.pt --num_heads 3", "encoder.pt embed_dim 128 is not divisible by num_heads 3"),
@@ -1922,6 +1927,7 @@ def test_a_part_of_torchruns_environment_is_refused(tmp_path, capsys, monkeypatc
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
     (RuntimeError("unable to open shared memory object </torch_1> in read-write"), "--ipc=host"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in cpp"), "--compile needs"),
+    (RuntimeError("Cannot find a working triton installation."), "--compile needs"),
     (OSError("Caught OSError in DataLoader worker process 0.\n  File x\nOSError: [Errno 5] I/O"),
      "test: [Errno 5] I/O"),
 ], ids=lambda value: value if isinstance(value, str) else "")

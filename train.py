@@ -53,8 +53,8 @@ RECIPES["cifar10"] = RECIPES["imagenet"] | dict(
     model="small", img_size=32, patch_size=4, branch_init=0.0, decoder_dim=192, epochs=300,
     warmup_epochs=10, batch_size=512, base_lr=5e-4, min_lr=0.0)
 # In a few thousand steps, residual branches must start small for twelve blocks to learn, single
-# patches are easier to predict than large holes, and the teacher is worth imitating late. One
-# decoder block is as good as two, and faster.
+# patches are easier to predict than large holes, and the teacher is worth imitating late, so that
+# lambda rises over the whole run (feature_ramp). One decoder block is as good as two, and faster.
 RECIPES["photos"] = RECIPES["imagenet"] | dict(
     model="tiny", img_size=96, patch_size=12, branch_init=0.0, decoder_dim=64, decoder_depth=1,
     mask="random", feature_ramp=1.0, epochs=60, warmup_epochs=2, batch_size=32, base_lr=5e-3,
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
         for part in range(args.accum_steps):
             images, mask, _ = next(batches)                      # uint8 (b, 3, H, W), bool (b, N)
             images = data.scale_pixels(images.to(device, non_blocking=True))  # float (b, 3, H, W)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: the last part
+            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: send now?
             with run.autocast():
                 # The mask stays on the CPU, so validating it needs no GPU sync.
                 out = network(images, mask)
@@ -187,8 +187,8 @@ def open_images(args: argparse.Namespace, run: "Run"):
     least = args.batch_size * (10 if args.recipe.startswith("imagenet") else 1)
     if len(source) < least and not args.benchmark:
         raise ValueError(
-            f"--batch_size {args.batch_size} is too large for the {len(source)} images there are: "
-            "give a smaller one, or --recipe photos, which suits a folder of a few thousand")
+            f"--batch_size {args.batch_size} makes too few steps of the {len(source)} images there "
+            "are: give a smaller one, or --recipe photos, which suits a folder of a few thousand")
     run.check_batch()
     return source
 
@@ -303,8 +303,8 @@ def warn_of_collapse(rank: float, run: "Run", at_the_end: bool) -> None:
     """Warn when teacher_rank falls below half of its highest value, or is below 5 at the end."""
     ranks = [line["teacher_rank"] for line in run.log if "teacher_rank" in line] or [0.0]
     if rank < max(ranks) / 2 <= ranks[-1] or at_the_end and rank < 5:
-        run.print(f"warning: teacher_rank is {rank:.1f}, at most {max(ranks):.1f}, a sign of "
-                  "collapse; more steps, --branch_init 0 and --mask random help")
+        run.print(f"warning: teacher_rank is {rank:.1f}, at its best {max(*ranks, rank):.1f}: a "
+                  "sign of collapse; more steps, --branch_init 0 and --mask random help")
 
 
 def draw_curves(log: list[dict]) -> Image.Image:
@@ -467,10 +467,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=integer(0, 2**63 - 1), default=0, help="of weights, order, crops and masks")
     add("--workers", type=integer(0),
         help="loading processes for each training process; without it, 1 on a CPU, and with GPUs "
-             "the number of cores per GPU, at most 16")
+             "the cores of the machine shared by its processes, at most 16")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU, if any")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="precision; auto: bf16 where the hardware has it, else fp16 on a GPU and off on a CPU")
+        help="precision; auto: bf16 where the hardware has it, else fp16 on a GPU and off on a "
+             "CPU; off: float32 (on a GPU, products in TF32)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--save_every", type=integer(1), default=1, help="epochs between checkpoints")
     add("--log_every", type=integer(1), default=20, help="steps between readings of the losses")
@@ -670,16 +671,17 @@ class Run:
         try:
             os.makedirs(self.args.out, exist_ok=True)
             self.lock = open(os.path.join(self.args.out, ".lock"), "w")
-            import fcntl  # Windows has none
+        except OSError as error:
+            fail(f"--out {self.args.out}: {error.strerror}")
+        try:
+            import fcntl
             # The kernel drops the lock when this process ends; its workers don't inherit it.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
         except BlockingIOError:
             fail(f"--out {self.args.out} is in use by another run: wait for it, or give another "
                  "--out (to start several processes, use torchrun)")
-        except OSError as error:
-            fail(f"--out {self.args.out}: {error.strerror}")
+        except (ImportError, OSError):
+            pass  # Windows has no fcntl, and some file systems have no locks
         old = glob.glob("*.tmp", root_dir=self.args.out)  # a kill left them
         if self.fresh:
             old += glob.glob("epoch_*.png", root_dir=self.args.out)
@@ -861,7 +863,7 @@ class Meter(nn.Module):
         super().__init__()
         self.run, self.names = run, names
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=run.device)
-        self.register_buffer("sums", sums)  # of each loss, and of the calls of `add`
+        self.register_buffer("sums", sums)  # of each loss, and how often they were added
 
     def add(self, *losses: Tensor) -> None:
         """Add scalars on the device. If one of them is not finite, none is added."""
@@ -869,7 +871,7 @@ class Meter(nn.Module):
         self.sums += torch.where(row.isfinite().all(), row, 0)
 
     def means(self) -> dict[str, float]:
-        """Call it before saving: it gives every process the mean of all processes' sums."""
+        """Means so far. All processes call it, also before saving, and then have the same sums."""
         *sums, count = self.run.all_reduce_sum(self.sums).div_(self.run.world_size).tolist()
         return {name: value / count if count else math.nan for name, value in zip(self.names, sums)}
 
@@ -882,8 +884,8 @@ CURES = {
                                            "images held at a time; fewer --workers help, too",
     r"DataLoader worker \(pid|shared memory": "a loading process lacks memory: try fewer "
                                               "--workers, and in Docker --ipc=host",
-    "compiler": "--compile needs a C++ compiler such as g++ (and on a GPU Triton): install it, or "
-                "leave --compile out",
+    r"C(\+\+)? compiler|working triton": "--compile needs a C++ compiler such as g++ (and on a GPU "
+                                          "Triton): install it, or leave --compile out",
     "by peer": "another process has ended, so this one can't go on",  # whose own message says why
 }
 
