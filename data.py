@@ -253,7 +253,8 @@ RAND_AUGMENT = {
     "equalize": lambda im, m, s: ImageOps.equalize(im),
     "invert": lambda im, m, s: ImageOps.invert(im),
     "rotate": lambda im, m, s: im.rotate(30 * s, RESAMPLE, fillcolor=FILL),
-    "posterize": lambda im, m, s: ImageOps.posterize(im, max(1, 4 - int(4 * m))),
+    # not ImageOps.posterize: new Pillow's raises for 0 bits, which m = 1 asks for (a black image)
+    "posterize": lambda im, m, s: im.point(lambda v: v & ~(255 >> 4 - int(4 * m))),
     "solarize": lambda im, m, s: ImageOps.solarize(im, 256 - int(256 * m)),
     "solarize_add": lambda im, m, s: im.point(lambda v: v + int(110 * m) if v < 128 else v),
     "colour": lambda im, m, s: ImageEnhance.Color(im).enhance(1 + 0.9 * s),
@@ -285,9 +286,9 @@ def random_erasing(images: Tensor, rng: random.Random, probability: float = 0.25
     """Fill a rectangle of some images with normal noise (Zhong et al. 2017, arXiv:1708.04896).
 
     Its area is 2 % to a third of the image, uniform, its height / width 0.3 to 1 / 0.3,
-    log-uniform; sides that would not fit are the image's. Comes after normalisation, so that the
-    noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by the pixels as
-    they were before any noise.
+    log-uniform. One that does not fit is drawn again, ten times at most. Comes after normalisation,
+    so that the noise looks like the data, and before `mixup_cutmix`, so that labels are mixed by
+    the pixels as they were before any noise.
 
     Takes float (B, 3, H, W) on any device, without waiting for it; returns a copy. Rectangles come
     from `rng`, noise from torch's default generator.
@@ -295,12 +296,15 @@ def random_erasing(images: Tensor, rng: random.Random, probability: float = 0.25
     images = images.clone()
     H, W = images.shape[-2:]
     for image in images:
-        if rng.random() < probability:
-            area, aspect = H * W * rng.uniform(0.02, 1 / 3), 0.3 ** rng.uniform(-1, 1)
-            height = min(H, round(math.sqrt(area * aspect)))
-            width = min(W, round(math.sqrt(area / aspect)))
-            top, left = rng.randint(0, H - height), rng.randint(0, W - width)
-            image[:, top : top + height, left : left + width].normal_()
+        tries = 10 if rng.random() < probability else 0
+        for _ in range(tries):
+            area = H * W * rng.uniform(0.02, 1 / 3)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height < H and width < W:
+                top, left = rng.randint(0, H - height), rng.randint(0, W - width)
+                image[:, top : top + height, left : left + width].normal_()
+                break
     return images
 
 

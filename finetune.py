@@ -39,7 +39,7 @@ from model import SIZES, ViT, load_vit, patchify, read_file, standardize
 # A recipe has a value for every setting of the method, and each has a flag of the same name.
 RECIPES = {"imagenet": dict(  # as published, for ViT-B
     model="base", img_size=224, patch_size=16, branch_init=1.0, depth=0, epochs=100,
-    warmup_epochs=20, batch_size=2048, lr=5e-3, min_lr=1e-6, weight_decay=0.05,
+    warmup_epochs=20, batch_size=2048, lr=5e-3, base_lr=0.0, min_lr=1e-6, weight_decay=0.05,
     betas=[0.9, 0.999], layer_decay=0.6, drop_path=0.1, crop_scale=[0.08, 1.0], rand_augment=9.0,
     erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, model_ema=0.9998, labels_per_class=0,
     crop_ratio=0.875)}
@@ -56,15 +56,15 @@ RECIPES["photos"] = RECIPES["cifar10"] | NO_AUGMENTATION | dict(
 RECIPES["shapes"] = RECIPES["photos"] | dict(
     model="nano", img_size=64, patch_size=8, lr=2e-3, crop_scale=[0.6, 1.0], labels_per_class=20)
 
-# The linear probe of the paper, which LARS trains: lr is 0.1 (ViT-L: 0.07) * batch_size / 256
-PROBE = NO_AUGMENTATION | dict(lr=6.4, min_lr=0.0, warmup_epochs=10, epochs=90, batch_size=16384,
-                               weight_decay=0.0, smoothing=0.0, model_ema=0.0)
+# The linear probe of the paper, which LARS trains
+PROBE = NO_AUGMENTATION | dict(lr=0.0, base_lr=0.1, min_lr=0.0, warmup_epochs=10, epochs=90,
+                     batch_size=16384, weight_decay=0.0, smoothing=0.0, model_ema=0.0)
 PROBES = {name: RECIPES[name] | PROBE | own for name, own in {
     "imagenet": dict(depth=9),
-    "imagenet_large": dict(depth=18, epochs=50, lr=4.48),
-    "cifar10": dict(depth=9, batch_size=2048, lr=0.8),
-    "photos": dict(batch_size=64, epochs=30, lr=10.0, warmup_epochs=3),
-    "shapes": dict(batch_size=64, epochs=60, lr=40.0, warmup_epochs=5),
+    "imagenet_large": dict(depth=18, epochs=50, base_lr=0.07),
+    "cifar10": dict(depth=9, batch_size=2048),
+    "photos": dict(batch_size=64, epochs=30, base_lr=40.0, warmup_epochs=3),
+    "shapes": dict(batch_size=64, epochs=60, base_lr=160.0, warmup_epochs=5),
 }.items()}
 
 
@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
     samples = data.Samples(source, functools.partial(train_view, args=args), args.seed)
     steps_per_epoch = len(source) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
+    peak_lr = args.lr or args.base_lr * args.batch_size / 256
     if args.mode == "linear":
         optimizer = LARS(model.head.parameters(), weight_decay=args.weight_decay)
     else:
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     model.train()
     for step in run.steps(start, total_steps):
         warmup = args.warmup_epochs / args.epochs
-        lr = train.cosine_lr(step / total_steps, warmup, args.lr, args.min_lr)
+        lr = train.cosine_lr(step / total_steps, warmup, peak_lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         torch.manual_seed(data.seed_from(args.seed, "noise", step, run.rank))  # drop path, erasing
@@ -122,7 +123,8 @@ def main(args: argparse.Namespace) -> None:
                 images = data.random_erasing(images, rng, args.erasing)
             images, targets = data.mixup_cutmix(        # targets: float (b, num_classes)
                 images, labels, num_classes, rng, args.mixup, args.cutmix, args.smoothing)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: send now?
+            # DDP sums the gradients of all processes once a step, in the last part.
+            network.require_backward_grad_sync = part == args.accum_steps - 1
             with run.autocast():
                 logits = network(images)                # (b, num_classes)
             loss = F.cross_entropy(logits.float(), targets)
@@ -471,6 +473,8 @@ def open_images(args: argparse.Namespace, run: train.Run):
         if len(source.classes) < 2 or min(source.labels.min(), val.labels.min()) < 0:
             raise ValueError(f"--data {args.data}: needs two classes or more, and all images in "
                              "folders of classes, as in train/CLASS/")
+        if absent := [name for n, name in enumerate(source.classes) if n not in val.labels]:
+            run.print(f"warning: no validation image of: {', '.join(map(repr, absent[:8]))}")
     else:  # validation images have numbers that pretraining never sees
         size = args.img_size or 64
         source = data.Shapes(max(2400, args.labels_per_class * len(data.SHAPES)), size)
@@ -575,7 +579,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch_init", type=real(0), help="--scratch: initial scale of residual branches")
     add("--depth", type=integer(0),
         help="--linear, --knn, --features: use the output of this block, from 1 (0: the last)")
-    add("--lr", type=real(0), help="peak learning rate, whatever the --batch_size")
+    add_rate = parser.add_mutually_exclusive_group().add_argument
+    add_rate("--lr", type=real(0), help="peak learning rate, whatever the --batch_size")
+    add_rate("--base_lr", type=real(0), help="learning rate for 256 images, in place of --lr")
     add("--layer_decay", type=real(0.001, 1), help="learning rate of a block, over the next one's")
     add("--drop_path", type=real(0, 0.99), help="chance to skip a branch, in the last block")
     add("--rand_augment", type=real(0, 10), help="magnitude (0: off)")
@@ -596,6 +602,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     modes = "linear", "knn", "eval", "predict", "features"
     args.mode = next((mode for mode in modes if getattr(args, mode)), "finetune")
+    if given.lr is not None or given.base_lr is not None:  # not the recipe's kind of rate beside it
+        args.lr, args.base_lr = given.lr or 0.0, given.base_lr or 0.0
     if args.scratch and (args.teacher or args.mode in ("eval", "predict", "features")):
         train.fail("--scratch starts from random weights: leave out --teacher, --eval, --predict "
                    "and --features")

@@ -98,7 +98,8 @@ def main(args: argparse.Namespace) -> None:
         for part in range(args.accum_steps):
             images, mask, _ = next(batches)                      # uint8 (b, 3, H, W), bool (b, N)
             images = data.scale_pixels(images.to(device, non_blocking=True))  # float (b, 3, H, W)
-            network.require_backward_grad_sync = part == args.accum_steps - 1  # DDP: send now?
+            # DDP sums the gradients of all processes once a step, in the last part.
+            network.require_backward_grad_sync = part == args.accum_steps - 1
             with run.autocast():
                 # The mask stays on the CPU, so validating it needs no GPU sync.
                 out = network(images, mask)
@@ -646,6 +647,8 @@ class Run:
                 digest = hashlib.file_digest(file, "sha1").hexdigest()
             self.settings["init"] = f"with weights {digest[:8]}"
         self.claim_out()
+        if not self.fresh and self.resumes != os.path.exists(self.checkpoint):
+            fail(f"another run has written {self.checkpoint} meanwhile: give the command again")
         step = self.load(saved) if self.resumes else 0
         seen = self.gather([(step, images)])
         if len(set(seen)) > 1:  # they would wait for one another for ever
@@ -773,9 +776,10 @@ class Run:
 
     def stop_asked(self) -> bool:
         """Whether a process has received a signal. The flag is on the CPU; no GPU is waited for."""
+        if self.world_size == 1:
+            return self.signal > 0
         flag = torch.tensor(self.signal)
-        if self.world_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         self.signal = self.signal or int(flag)  # not back to 0: one may have arrived meanwhile
         return int(flag) > 0
 
